@@ -1,0 +1,28 @@
+"""Cheap gradient techniques as optax gradient transformations."""
+
+from optax_tricks._barzilai_borwein_step import (
+    BarzilaiBorweinStepState,
+    barzilai_borwein_step,
+)
+from optax_tricks._centralize import centralize
+from optax_tricks._perturbed_unit_step import (
+    PerturbedUnitStepState,
+    perturbed_unit_step,
+)
+from optax_tricks._pugd import pugd
+from optax_tricks._scale_by_random import ScaleByRandomState, scale_by_random
+from optax_tricks._step_tuned_sgd import step_tuned_sgd
+from optax_tricks._triangular_schedule import triangular_schedule
+
+__all__ = [
+    "BarzilaiBorweinStepState",
+    "PerturbedUnitStepState",
+    "ScaleByRandomState",
+    "barzilai_borwein_step",
+    "centralize",
+    "perturbed_unit_step",
+    "pugd",
+    "scale_by_random",
+    "step_tuned_sgd",
+    "triangular_schedule",
+]

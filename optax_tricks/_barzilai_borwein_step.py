@@ -1,0 +1,196 @@
+"""Step-Tuned SGD: a step size from the curvature between two gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_tricks._numerics import accumulator_dtype, inner_product, map_in, norm
+from optax_tricks._second_gradient import (
+    GradFn,
+    check_call,
+    check_whole_real_tree,
+    evaluate,
+)
+from optax_tricks._validation import check_in, check_ordered
+
+_NAME = "barzilai_borwein_step"
+
+
+class BarzilaiBorweinStepState(NamedTuple):
+    """State of `barzilai_borwein_step`.
+
+    Attributes:
+      bb_count: int32 of shape (), the updates so far, k.
+      bb_step_size: float32 of shape (), the factor of the next update; 1 at first.
+      bb_curvature: float32 of shape (), the inner product of the averaged gradient
+        difference with the half step in the latest update; 0 before it.
+      bb_gradient_norm: float32 of shape (), the norm of the latest g(w).
+      bb_half_gradient_norm: float32 of shape (), the norm of the latest g(w_half).
+      bb_nonpositive_curvature_count: int32 of shape (), how often the curvature was
+        not positive, so that `nu` was taken.
+      bb_min_scale_count: int32 of shape (), how often the factor was raised to
+        `min_scale`.
+      bb_max_scale_count: int32 of shape (), how often it was lowered to `max_scale`.
+      bb_difference: the moving average of gradient differences, a tree like the
+        parameters in at least float32.
+    """
+
+    bb_count: jax.Array
+    bb_step_size: jax.Array
+    bb_curvature: jax.Array
+    bb_gradient_norm: jax.Array
+    bb_half_gradient_norm: jax.Array
+    bb_nonpositive_curvature_count: jax.Array
+    bb_min_scale_count: jax.Array
+    bb_max_scale_count: jax.Array
+    bb_difference: optax.Updates
+
+
+def barzilai_borwein_step(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: ArrayLike = 0.9,
+    nu: ArrayLike = 2.0,
+    min_scale: ArrayLike = 0.5,
+    max_scale: ArrayLike = 2.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sums two gradients of a mini-batch and scales them by observed curvature.
+
+    The result is still to be multiplied by the learning rate, the same one as given
+    here. With :math:`a_k` the learning rate of step k and :math:`\gamma_0 = 1`,
+
+    .. math::
+      w_{1/2} &= w_k - a_k \gamma_k \, g(w_k), \quad
+      \Delta w = w_{1/2} - w_k, \quad \Delta g = g(w_{1/2}) - g(w_k) \\
+      G_k &= \beta G_{k-1} + (1 - \beta) \Delta g, \quad
+      \hat G_k = G_k / (1 - \beta^{k+1}) \\
+      \gamma_{k+1} &= \|\Delta w\|^2 / \langle \hat G_k, \Delta w \rangle
+      \text{ if } \langle \hat G_k, \Delta w \rangle > 0 \text{, else } \nu,
+
+    with :math:`\gamma_{k+1}` clipped to [min_scale, max_scale]. The update is
+    :math:`\gamma_k (g(w_k) + g(w_{1/2}))`: both half steps at once. `step_tuned_sgd`
+    is the published algorithm made of this.
+
+    Args:
+      learning_rate: a number or a schedule, at least 0; it sets the half step and
+        must be the one that follows in the chain.
+      beta: decay of the averaged gradient differences, from 0 up to but without 1.
+      nu: the factor before clipping where curvature is not positive, above 0.
+      min_scale: the least factor, above 0.
+      max_scale: the greatest factor.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `BarzilaiBorweinStepState`.
+      Its ``update`` takes the keyword ``grad_fn(params, step) -> gradients``, as
+      `optax.contrib.sam` does, and calls it once, with step 0; it must use the
+      mini-batch of the incoming gradient. Leaves keep their dtype.
+
+    Raises:
+      ValueError: if a number is outside its range; on init or update if leaves are
+        masked or complex; on update if ``params`` or ``grad_fn`` is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_tricks
+      >>> loss = lambda params, batch: jnp.sum((params - batch) ** 2)
+      >>> tx = optax.chain(optax_tricks.barzilai_borwein_step(0.1), optax.sgd(0.1))
+      >>> params, batch = jnp.array([1.0, -2.0]), jnp.zeros(2)
+      >>> grad_fn = lambda params, step: jax.grad(loss)(params, batch)
+      >>> updates, state = tx.update(
+      ...     grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates.round(3), f"{optax.tree.get(state, 'bb_step_size'):.3f}")
+      [-0.36  0.72] 0.500
+
+    References:
+      C. Castera, J. Bolte, C. Févotte, E. Pauwels, `Second-Order Step-Size Tuning of
+      SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
+
+    .. note::
+      Members in front of this one change only the first gradient; to transform both
+      (L2 regularisation, say), apply them inside ``grad_fn`` as well. A non-finite
+      gradient leaves the factor NaN for good: wrap the chain in
+      `optax.apply_if_finite` to skip such steps. `optax.MultiSteps` would call
+      ``grad_fn`` on every mini-step and use one result; accumulate inside
+      ``grad_fn`` instead.
+    """
+    check_in("learning_rate", learning_rate, "[0, inf)")
+    check_in("beta", beta, "[0, 1)")
+    check_in("nu", nu, "(0, inf)")
+    check_in("min_scale", min_scale, "(0, inf)")
+    check_ordered("min_scale", min_scale, "max_scale", max_scale)
+
+    def init_fn(params: optax.Params) -> BarzilaiBorweinStepState:
+        check_whole_real_tree(_NAME, params)
+        difference = jax.tree.map(
+            lambda w: jnp.zeros_like(w, accumulator_dtype(w)), params
+        )
+        return BarzilaiBorweinStepState(
+            bb_count=jnp.zeros((), jnp.int32),
+            bb_step_size=jnp.ones((), jnp.float32),
+            bb_curvature=jnp.zeros((), jnp.float32),
+            bb_gradient_norm=jnp.zeros((), jnp.float32),
+            bb_half_gradient_norm=jnp.zeros((), jnp.float32),
+            bb_nonpositive_curvature_count=jnp.zeros((), jnp.int32),
+            bb_min_scale_count=jnp.zeros((), jnp.int32),
+            bb_max_scale_count=jnp.zeros((), jnp.int32),
+            bb_difference=difference,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: BarzilaiBorweinStepState,
+        params: optax.Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, BarzilaiBorweinStepState]:
+        del extra_args
+        params, grad_fn = check_call(_NAME, params, grad_fn)
+        dtype = accumulator_dtype(updates, params)
+        low, high = jnp.asarray(min_scale, dtype), jnp.asarray(max_scale, dtype)
+        decay = jnp.asarray(beta, dtype)
+        rate = (
+            learning_rate(state.bb_count) if callable(learning_rate) else learning_rate
+        )
+        scale = state.bb_step_size.astype(dtype)
+        half_rate = jnp.asarray(rate, dtype) * scale
+
+        half = map_in(dtype, lambda w, g: w - half_rate * g, params, updates)
+        second = evaluate(_NAME, grad_fn, half, updates)
+
+        difference = map_in(
+            dtype,
+            lambda average, g, h: decay * average + (1 - decay) * (h - g),
+            state.bb_difference,
+            updates,
+            second,
+        )
+        count = optax.safe_increment(state.bb_count)
+        correction = 1 - decay ** count.astype(dtype)
+        # The half step is -half_rate * g, so neither it nor the corrected average
+        # needs a tree of its own.
+        curvature = -half_rate * inner_product(dtype, difference, updates) / correction
+        gradient_norm = norm(dtype, updates)
+        # `<=` and not `not >`: a NaN curvature must stay visible in the factor.
+        nonpositive = curvature <= 0
+        ratio = (half_rate * gradient_norm) ** 2 / jnp.where(nonpositive, 1, curvature)
+        raw = jnp.where(nonpositive, jnp.asarray(nu, dtype), ratio)
+        new_state = BarzilaiBorweinStepState(
+            bb_count=count,
+            bb_step_size=jnp.clip(raw, low, high).astype(jnp.float32),
+            bb_curvature=curvature.astype(jnp.float32),
+            bb_gradient_norm=gradient_norm.astype(jnp.float32),
+            bb_half_gradient_norm=norm(dtype, second).astype(jnp.float32),
+            bb_nonpositive_curvature_count=(
+                state.bb_nonpositive_curvature_count + nonpositive
+            ),
+            bb_min_scale_count=state.bb_min_scale_count + (raw < low),
+            bb_max_scale_count=state.bb_max_scale_count + (raw > high),
+            bb_difference=difference,
+        )
+        updates = map_in(dtype, lambda g, h: scale * (g + h), updates, second)
+        return updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,140 @@
+"""PUGD: a gradient at a unit-length perturbation, normalised to length one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_tricks._numerics import accumulator_dtype, map_in, norm
+from optax_tricks._second_gradient import (
+    GradFn,
+    check_call,
+    check_whole_real_tree,
+    evaluate,
+)
+from optax_tricks._validation import check_in
+
+_NAME = "perturbed_unit_step"
+
+
+class PerturbedUnitStepState(NamedTuple):
+    """State of `perturbed_unit_step`; norms are of the latest update, 0 before it.
+
+    Attributes:
+      pugd_perturbation_norm: float32 of shape (), the norm of |w| * g before it is
+        scaled to length one; where it is 0 the weights are not perturbed.
+      pugd_gradient_norm: float32 of shape (), the norm of the first gradient g.
+      pugd_perturbed_gradient_norm: float32 of shape (), the norm of the second, g*.
+      pugd_zero_count: int32 of shape (), the updates so far in which g* + g was zero
+        and no direction could be given.
+    """
+
+    pugd_perturbation_norm: jax.Array
+    pugd_gradient_norm: jax.Array
+    pugd_perturbed_gradient_norm: jax.Array
+    pugd_zero_count: jax.Array
+
+
+def perturbed_unit_step(
+    *, eps: ArrayLike = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by a unit vector from it and one at perturbed weights.
+
+    The result is still to be multiplied by a learning rate. With all norms over the
+    whole parameter vector,
+
+    .. math::
+      \varepsilon &= |w| \odot g(w) \,/\, (\| |w| \odot g(w) \| + \text{eps}) \\
+      g^* &= g(w + \varepsilon) \\
+      U &= (g^* + g) / \|g^* + g\| ,
+
+    so a step is as long as the learning rate, whatever the scale of the loss.
+
+    Args:
+      eps: added to the norm that scales the perturbation, at least 0.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `PerturbedUnitStepState`. Its
+      ``update`` takes the keyword ``grad_fn(params, step) -> gradients``, as
+      `optax.contrib.sam` does, and calls it once, with step 0; it must use the
+      mini-batch of the incoming gradient. Leaves keep their dtype. Where g* + g is
+      zero, so is the update.
+
+    Raises:
+      ValueError: if eps is negative; on init or update if leaves are masked or
+        complex; on update if ``params`` or ``grad_fn`` is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_tricks
+      >>> loss = lambda params, batch: 0.5 * jnp.sum((params - batch) ** 2)
+      >>> tx = optax.chain(optax_tricks.perturbed_unit_step(), optax.sgd(0.1))
+      >>> params, batch = jnp.array([3.0, 4.0]), jnp.zeros(2)
+      >>> grad_fn = lambda params, step: jax.grad(loss)(params, batch)
+      >>> updates, state = tx.update(
+      ...     grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates.round(3), f"{jnp.linalg.norm(updates):.3f}")
+      [-0.059 -0.081] 0.100
+
+    References:
+      C.-H. Tseng, L.-H. Cheng, S.-J. Lee, X. Zeng, `Perturbated Gradients Updating
+      within Unit Space for Deep Learning <https://arxiv.org/abs/2110.00199>`_, 2022
+
+    .. note::
+      The numerator is the sum of both gradients, as in the authors' figure and
+      training script. The authors add weight decay behind this member; `pugd` wires
+      that. Members in front of this one change only the first gradient: to transform
+      both, apply them inside ``grad_fn`` as well. `optax.MultiSteps` would call
+      ``grad_fn`` on every mini-step and use one result; accumulate inside
+      ``grad_fn`` instead. Norms are accumulated in float32, so a norm below about
+      1e-19 counts as zero.
+    """
+    check_in("eps", eps, "[0, inf)")
+
+    def init_fn(params: optax.Params) -> PerturbedUnitStepState:
+        check_whole_real_tree(_NAME, params)
+        zero = jnp.zeros((), jnp.float32)
+        return PerturbedUnitStepState(zero, zero.copy(), zero.copy(), jnp.int32(0))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PerturbedUnitStepState,
+        params: optax.Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerturbedUnitStepState]:
+        del extra_args
+        params, grad_fn = check_call(_NAME, params, grad_fn)
+
+        dtype = accumulator_dtype(updates, params)
+
+        weighted = jax.tree.map(
+            lambda w, g: jnp.abs(w.astype(dtype)) * g.astype(dtype), params, updates
+        )
+        weighted_norm = norm(dtype, weighted)
+        to_unit = _reciprocal(weighted_norm + jnp.asarray(eps, dtype))
+        perturbed = map_in(dtype, lambda w, d: w + to_unit * d, params, weighted)
+        second = evaluate(_NAME, grad_fn, perturbed, updates)
+
+        total = jax.tree.map(
+            lambda g, h: g.astype(dtype) + h.astype(dtype), updates, second
+        )
+        total_norm = norm(dtype, total)
+        new_state = PerturbedUnitStepState(
+            pugd_perturbation_norm=weighted_norm.astype(jnp.float32),
+            pugd_gradient_norm=norm(dtype, updates).astype(jnp.float32),
+            pugd_perturbed_gradient_norm=norm(dtype, second).astype(jnp.float32),
+            pugd_zero_count=state.pugd_zero_count + (total_norm == 0),
+        )
+        to_unit = _reciprocal(total_norm)
+        updates = map_in(dtype, lambda g, h: to_unit * (g + h), updates, second)
+        return updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x, and 0 where x is 0; NaN stays NaN."""
+    return jnp.where(x == 0, jnp.zeros_like(x), 1 / jnp.where(x == 0, 1, x))

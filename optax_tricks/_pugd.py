@@ -1,0 +1,69 @@
+"""PUGD, the published optimizer."""
+
+import optax
+from jax.typing import ArrayLike
+
+from optax_tricks._perturbed_unit_step import perturbed_unit_step
+from optax_tricks._validation import check_in
+
+
+def pugd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: ArrayLike = 0.9,
+    weight_decay: ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with momentum on the unit directions of `perturbed_unit_step`.
+
+    The updates are descent steps, to be added to the parameters. With the unit
+    direction :math:`U_k` of `perturbed_unit_step`,
+
+    .. math::
+      m_k = \mu m_{k-1} + U_k + \lambda w_k, \quad w_{k+1} = w_k - \eta_k m_k .
+
+    Args:
+      learning_rate: a number or a schedule, at least 0; the authors use 0.1 with a
+        cosine decay.
+      momentum: the factor mu, from 0 up to but without 1.
+      weight_decay: the factor lambda, at least 0, added behind the normalisation as
+        the authors do; they use 5e-4.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; its ``update`` needs ``params`` and
+      the keyword ``grad_fn(params, step) -> gradients``, called once per update.
+
+    Raises:
+      ValueError: if a number is outside its range, and as `perturbed_unit_step` does.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_tricks
+      >>> loss = lambda params: jnp.sum((params - 3.0) ** 2)
+      >>> grad_fn = lambda params, step: jax.grad(loss)(params)
+      >>> tx = optax_tricks.pugd(optax.cosine_decay_schedule(0.1, 200))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     grads = grad_fn(params, 0)
+      ...     updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params.round(1))
+      [3. 3.]
+
+    References:
+      C.-H. Tseng, L.-H. Cheng, S.-J. Lee, X. Zeng, `Perturbated Gradients Updating
+      within Unit Space for Deep Learning <https://arxiv.org/abs/2110.00199>`_, 2022
+
+    .. note::
+      An update costs two gradients. Compare with other optimizers per gradient
+      evaluation and per second too, not only per epoch. Steps do not shrink near a
+      minimum by themselves: let the learning rate decay.
+    """
+    check_in("learning_rate", learning_rate, "[0, inf)")
+    check_in("momentum", momentum, "[0, 1)")
+    check_in("weight_decay", weight_decay, "[0, inf)")
+    return optax.chain(
+        perturbed_unit_step(),
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )

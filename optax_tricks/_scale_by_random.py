@@ -1,0 +1,124 @@
+"""Random Gradient: one random factor per step on the whole gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_tricks._numerics import accumulator_dtype, map_in
+from optax_tricks._validation import check_in, check_ordered
+
+
+class ScaleByRandomState(NamedTuple):
+    """State of `scale_by_random`.
+
+    Attributes:
+      random_key: typed PRNG key of shape (), split once per step.
+      random_factor: float32 of shape (), the factor of the latest update; 1 before
+        the first update and in a step that was left as it was.
+    """
+
+    random_key: jax.Array
+    random_factor: jax.Array
+
+
+def scale_by_random(
+    key: ArrayLike,
+    *,
+    minval: ArrayLike = 0.0,
+    maxval: ArrayLike = 1.0,
+    probability: ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the whole gradient by one random factor per step.
+
+    The result is still to be multiplied by a learning rate. With
+    :math:`u_k \sim \mathcal{U}(\text{minval}, \text{maxval})` drawn once per step,
+
+    .. math::
+      g_k \mapsto u_k \, g_k ,
+
+    which is the gradient of the loss multiplied by :math:`u_k`. Learning rate and
+    weight decay are not scaled if this member stands before them in the chain.
+
+    Args:
+      key: an int or a single PRNG key. To train many seeds under `jax.vmap`, build
+        the transformation inside the vmapped function, one key for each.
+      minval: lower limit of the factor, inclusive.
+      maxval: upper limit of the factor, exclusive; equal limits make it constant.
+      probability: the chance, from 0 to 1, that a step is scaled; other steps are
+        left as they are. The paper's segmentation code uses 0.5.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `ScaleByRandomState`. Leaves
+      keep their dtype; every leaf gets the same factor.
+
+    Raises:
+      ValueError: if minval > maxval, if probability is outside [0, 1], or if key is
+        an array of several keys.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_tricks
+      >>> tx = optax.chain(optax_tricks.scale_by_random(0), optax.sgd(0.1))
+      >>> params = {"w": jnp.array([2.0, 4.0])}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.array([1.0, 3.0])}, state, params)
+      >>> factor = optax.tree.get(state, "random_factor")
+      >>> print(jnp.allclose(updates["w"], -0.1 * factor * jnp.array([1.0, 3.0])))
+      True
+
+    References:
+      J. Wei, `Fast, Better Training Trick: Random Gradient
+      <https://arxiv.org/abs/1808.04293>`_, 2018
+
+    .. note::
+      The paper proposes a cyclical factor as future work; that is
+      ``optax.scale_by_schedule(triangular_schedule(0.0, 1.0, half_period))``.
+      A scale-invariant member behind this one (Adam, `perturbed_unit_step`) undoes
+      part or all of the scaling.
+    """
+    check_ordered("minval", minval, "maxval", maxval)
+    check_in("probability", probability, "[0, 1]")
+
+    def init_fn(params: optax.Params) -> ScaleByRandomState:
+        del params
+        return ScaleByRandomState(
+            random_key=_own_key(key), random_factor=jnp.ones((), jnp.float32)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByRandomState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByRandomState]:
+        del params, extra_args
+        next_key, factor_key, choice_key = jax.random.split(state.random_key, 3)
+        low, high = jnp.float32(minval), jnp.float32(maxval)
+        factor = low + (high - low) * jax.random.uniform(factor_key, (), jnp.float32)
+        scaled = jax.random.uniform(choice_key, (), jnp.float32) < probability
+        factor = jnp.where(scaled, factor, jnp.float32(1.0))
+
+        dtype = accumulator_dtype(updates)
+        updates = map_in(dtype, lambda g: g * factor.astype(dtype), updates)
+        return updates, ScaleByRandomState(next_key, factor)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _own_key(key: ArrayLike) -> jax.Array:
+    """A typed key of the state's own: a donated state must not take the caller's."""
+    key = jnp.asarray(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        typed = key.copy()
+    elif key.dtype == jnp.uint32 and key.ndim > 0:
+        typed = jax.random.wrap_key_data(key.copy())
+    else:
+        typed = jax.random.key(key)
+    if typed.shape:
+        raise ValueError(
+            f"key must be a single key, got keys of shape {typed.shape}. Build the "
+            "transformation inside jax.vmap to give each seed its own."
+        )
+    return typed

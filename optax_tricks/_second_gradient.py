@@ -1,0 +1,66 @@
+"""What the members that evaluate a second gradient have in common."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+GradFn: TypeAlias = Callable[[optax.Params, int], optax.Updates]
+
+
+def check_whole_real_tree(name: str, params: optax.Params) -> None:
+    """Refuses masked trees, which grad_fn cannot take, and complex leaves."""
+    for leaf in jax.tree.leaves(params, is_leaf=_is_masked):
+        if _is_masked(leaf):
+            raise ValueError(
+                f"{name} needs all parameters to evaluate grad_fn, but got "
+                "optax.MaskedNode leaves: it stands inside optax.masked or "
+                "optax.partition. Put it in front of them, as in "
+                f"optax.chain({name}(...), optax.partition(...)). To leave out frozen "
+                "parameters, differentiate with respect to the trained ones only."
+            )
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{name} is defined for real parameters, but got a leaf of dtype "
+                f"{leaf.dtype}. Keep real and imaginary parts as separate leaves."
+            )
+
+
+def check_call(
+    name: str, params: optax.Params | None, grad_fn: GradFn | None
+) -> tuple[optax.Params, GradFn]:
+    """Returns params and grad_fn, or says how `update` must be called."""
+    if params is None or grad_fn is None:
+        missing = "params" if params is None else "grad_fn"
+        raise ValueError(
+            f"{name} evaluates a second gradient on the same mini-batch and got no "
+            f"{missing}. Call update(grads, state, params, grad_fn=grad_fn) with, for "
+            "example, grad_fn = lambda params, step: jax.grad(loss)(params, batch)."
+        )
+    check_whole_real_tree(name, params)
+    return params, grad_fn
+
+
+def evaluate(
+    name: str, grad_fn: GradFn, point: optax.Params, updates: optax.Updates
+) -> optax.Updates:
+    """The gradient at `point`, in a tree of the same form as the first gradient."""
+    gradients = grad_fn(point, 0)
+    expected, got = _form(updates), _form(gradients)
+    if got != expected:
+        raise ValueError(
+            f"{name}: grad_fn must return a tree of the structure and shapes of the "
+            f"first gradient, {expected}, but returned {got}. Use jax.grad, or drop "
+            "the value and auxiliary output of jax.value_and_grad."
+        )
+    return gradients
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _form(tree: Any) -> Any:
+    return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]

@@ -1,0 +1,85 @@
+"""Step-Tuned SGD, the published algorithm."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_tricks._barzilai_borwein_step import barzilai_borwein_step
+from optax_tricks._validation import check_in
+
+
+def step_tuned_sgd(
+    learning_rate: ArrayLike,
+    *,
+    delta: ArrayLike = 0.001,
+    beta: ArrayLike = 0.9,
+    nu: ArrayLike = 2.0,
+    min_scale: ArrayLike = 0.5,
+    max_scale: ArrayLike = 2.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with a step size tuned by the curvature seen on each mini-batch.
+
+    The updates are descent steps, to be added to the parameters. It is
+    `barzilai_borwein_step` and a learning rate that decays as in Robbins-Monro,
+    :math:`a_k = \alpha / (k + 1)^{1/2 + \delta}`; see there for the method.
+
+    Args:
+      learning_rate: the number alpha, at least 0. For a schedule in place of the
+        published decay use ``optax.chain(barzilai_borwein_step(schedule),
+        optax.scale_by_learning_rate(schedule))``.
+      delta: excess of the decay's exponent over one half, from 0 to 0.5.
+      beta: decay of the averaged gradient differences, from 0 up to but without 1.
+      nu: the factor before clipping where curvature is not positive, above 0.
+      min_scale: the least factor, above 0.
+      max_scale: the greatest factor.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; its ``update`` needs ``params`` and
+      the keyword ``grad_fn(params, step) -> gradients``, called once per update.
+
+    Raises:
+      ValueError: if a number is outside its range or learning_rate is a schedule,
+        and as `barzilai_borwein_step` does.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_tricks
+      >>> loss = lambda params: jnp.sum(params**4 - params**2)
+      >>> grad_fn = lambda params, step: jax.grad(loss)(params)
+      >>> tx = optax_tricks.step_tuned_sgd(0.1)
+      >>> params = jnp.array([0.1, -1.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     grads = grad_fn(params, 0)
+      ...     updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params.round(3))
+      [ 0.707 -0.707]
+
+    References:
+      C. Castera, J. Bolte, C. Févotte, E. Pauwels, `Second-Order Step-Size Tuning of
+      SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
+
+    .. note::
+      An update costs two gradients. Compare with other optimizers per gradient
+      evaluation and per second too, not only per epoch.
+    """
+    if callable(learning_rate):
+        raise ValueError(
+            "step_tuned_sgd has a decay of its own, so learning_rate must be a number, "
+            f"got {learning_rate}. For a schedule use optax.chain("
+            "barzilai_borwein_step(schedule), optax.scale_by_learning_rate(schedule))."
+        )
+    check_in("learning_rate", learning_rate, "[0, inf)")
+    check_in("delta", delta, "[0, 0.5]")
+
+    def schedule(count: ArrayLike) -> jax.Array:
+        steps = jnp.asarray(count).astype(jnp.result_type(float)) + 1
+        return jnp.asarray(learning_rate * steps ** -(0.5 + delta))
+
+    return optax.chain(
+        barzilai_borwein_step(
+            schedule, beta=beta, nu=nu, min_scale=min_scale, max_scale=max_scale
+        ),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -1,0 +1,18 @@
+"""Strict settings for the whole suite, made before jax starts its backend."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+# Sharding tests need several devices; simulated ones do on any machine.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision, for comparisons with NumPy float64 references."""
+    with jax.enable_x64(True):
+        yield
