@@ -1,0 +1,1 @@
+"""Studies of what helps, and measurements of what it costs."""

@@ -1,0 +1,23 @@
+"""Command line: python -m benchmarks STUDY."""
+
+import sys
+
+from tyro.extras import SubcommandApp
+
+from benchmarks.compare import compare
+from train.run_folder import RunFolderError
+
+app = SubcommandApp()
+app.command(compare)
+
+
+def main() -> None:
+    """Runs the command line; errors a user can mend are one line, without a trace."""
+    try:
+        app.cli(prog="python -m benchmarks", description="Measure what helps.")
+    except (RunFolderError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

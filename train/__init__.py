@@ -1,0 +1,1 @@
+"""Data, tasks, the training loop and its command line."""

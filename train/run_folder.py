@@ -1,0 +1,162 @@
+"""The folder that a run leaves behind."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+
+_CONFIG = "config.json"
+
+
+class RunFolderError(Exception):
+    """The folder cannot be used; the message says what to do."""
+
+
+class RunFolder:
+    """Writes a run's configuration, records and results to one folder.
+
+    Attributes:
+      path: the folder.
+      config: what is run.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self.config = config
+
+    def start(self) -> None:
+        """Writes what is run, and on what; from here on the folder is taken."""
+        self.write(_CONFIG, {"config": self.config, "environment": environment()})
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Adds a line to a JSON-lines file."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file; a half-written last one is left out."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes one JSON file."""
+        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, to stand beside every number."""
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        "processor": _processor(),
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return f"{len(models)} x {models[0]}" if models else platform.machine()
+
+
+@contextlib.contextmanager
+def open_run_folder(
+    path: Path | None, name: str, config: dict[str, Any], *, resume: bool
+) -> Iterator[RunFolder]:
+    """Makes or reopens a run folder before any work is done, and locks it.
+
+    Args:
+      path: the folder, or None for a new one, `runs/<name>-<date>-<time>`.
+      name: what is run, for the name of a new folder.
+      config: what is run, whole; `RunFolder.start` writes it to `config.json`.
+      resume: whether a folder that holds a run of the same config may go on.
+
+    Raises:
+      RunFolderError: if the folder cannot be written, is in use by another process,
+        or holds something else.
+    """
+    config = json.loads(json.dumps(config, default=str))
+    path = path or _new_path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / ".lock", timeout=0)
+        with lock:
+            _check_contents(path, config, resume)
+            yield RunFolder(path, config)
+    except filelock.Timeout:
+        raise RunFolderError(
+            f"run folder {path} is in use by another process: wait for it, or choose "
+            "another --run-dir"
+        ) from None
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write to run folder {path} ({error}): choose another --run-dir"
+        ) from error
+
+
+def _new_path(name: str) -> Path:
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return Path("runs") / f"{name}-{now}"
+
+
+def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
+    written = path / _CONFIG
+    if written.exists():
+        found = json.loads(written.read_text())["config"]
+        if found != config:
+            differences = _differences(found, config)
+            raise RunFolderError(
+                f"run folder {path} holds a run of another config ({differences}): "
+                "choose another --run-dir"
+            )
+        if not resume:
+            raise RunFolderError(
+                f"run folder {path} holds this run already: choose another --run-dir, "
+                "or remove the folder to run again"
+            )
+    elif any(child.name != ".lock" for child in path.iterdir()):
+        raise RunFolderError(
+            f"run folder {path} holds files of something else: choose another --run-dir"
+        )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        parts = [
+            _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        return "; ".join(parts)
+    return f"{name}: {found} there, {wanted} here"
