@@ -5,10 +5,12 @@ import sys
 from tyro.extras import SubcommandApp
 
 from benchmarks.compare import compare
+from benchmarks.transforms import transforms
 from train.run_folder import RunFolderError
 
 app = SubcommandApp()
 app.command(compare)
+app.command(transforms)
 
 
 def main() -> None:

@@ -319,7 +319,7 @@ def _difference(interval: Interval | None) -> str:
 
 def _table(summaries: Sequence[Summary]) -> Table:
     # Narrow enough for 80 columns, which is also what a log file gets.
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in _HEADER:
         table.add_column(name, no_wrap=True)
     for summary in summaries:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, inner_product, map_in, norm
+from optax_tricks._numerics import accumulator_dtype, map_in, norm, sum_over
 from optax_tricks._second_gradient import (
     GradFn,
     check_call,
@@ -171,7 +171,8 @@ def barzilai_borwein_step(
         correction = 1 - decay ** count.astype(dtype)
         # The half step is -half_rate * g, so neither it nor the corrected average
         # needs a tree of its own.
-        curvature = -half_rate * inner_product(dtype, difference, updates) / correction
+        product = sum_over(dtype, jnp.multiply, difference, updates)
+        curvature = -half_rate * product / correction
         gradient_norm = norm(dtype, updates)
         # `<=` and not `not >`: a NaN curvature must stay visible in the factor.
         nonpositive = curvature <= 0

@@ -13,6 +13,7 @@ from jax.tree_util import GetAttrKey
 from optax_tricks._numerics import accumulator_dtype
 
 Axes: TypeAlias = tuple[int, ...]
+Path: TypeAlias = tuple[Any, ...]
 AxesTree: TypeAlias = Any  # a tree with an `Axes` for every leaf of the gradient
 
 
@@ -40,8 +41,9 @@ def centralize(
     * ``bias``, ``scale``, names with ``embed`` in them, and everything under two
       dimensions: left alone;
     * any other array: all axes but the last;
-    * a leaf where these axes hold a single entry (a Linear layer with one input, a
-      class token): left alone, since its gradient would vanish and never train it.
+    * a leaf where the axes hold a single entry (a Linear layer with one input, a class
+      token): left alone, also where the axes are given, since its gradient would vanish
+      and never train it.
 
     Where the tree cannot tell, the rule for a ``kernel`` applies and may be wrong:
     LinearGeneral with several output axes (its output axes but the last are averaged
@@ -118,33 +120,44 @@ def _axes_per_leaf(
     if callable(reduction_axes):
         reduction_axes = reduction_axes(updates)
     paths_and_leaves = jax.tree.leaves_with_path(updates)
-    if _is_axes(reduction_axes) and reduction_axes is not None:
+    if reduction_axes is not None and _is_axes(reduction_axes):
         given = [
-            reduction_axes if _rule(path, leaf) else None
+            () if _is_left_alone(path, leaf) else reduction_axes
             for path, leaf in paths_and_leaves
         ]
     else:
         given = _broadcast(reduction_axes, updates)
     return [
-        ()
-        if conv_only and leaf.ndim <= 3
-        else _rule(path, leaf)
-        if axes is None
-        else _checked(axes, path, leaf)
+        _axes(axes, path, leaf) if leaf.ndim > 3 or not conv_only else ()
         for axes, (path, leaf) in zip(given, paths_and_leaves, strict=True)
     ]
 
 
-def _rule(path: tuple[Any, ...], leaf: jax.Array) -> Axes:
-    """The axes that feed a unit, told from a leaf's names and shape."""
+def _axes(given: Axes | None, path: Path, leaf: jax.Array) -> Axes:
+    if given is not None:
+        axes = _checked(given, path, leaf)
+    elif _is_left_alone(path, leaf):
+        axes = ()
+    else:
+        attention = leaf.ndim == 3 and (
+            _names(path) in [(name, "kernel") for name in ("query", "key", "value")]
+        )
+        axes = (0,) if attention else tuple(range(leaf.ndim - 1))
+    # Minus its own mean, a single entry would be zero and never train.
+    return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else ()
+
+
+def _is_left_alone(path: Path, leaf: jax.Array) -> bool:
+    _, name = _names(path)
+    return leaf.ndim < 2 or name in ("bias", "scale") or "embed" in name
+
+
+def _names(path: Path) -> tuple[str, str]:
+    """The names of the last two levels above a leaf, "" where there are fewer."""
     if path and path[-1] == GetAttrKey("value"):  # the inside of an nnx.Variable
         path = path[:-1]
     parent, name = (["", ""] + [_name(key) for key in path])[-2:]
-    if leaf.ndim < 2 or name in ("bias", "scale") or "embed" in name:
-        return ()
-    attention = name == "kernel" and parent in ("query", "key", "value")
-    axes = (0,) if attention and leaf.ndim == 3 else tuple(range(leaf.ndim - 1))
-    return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else ()
+    return parent, name
 
 
 def _name(key: Any) -> str:
@@ -168,7 +181,7 @@ def _broadcast(reduction_axes: AxesTree, updates: optax.Updates) -> list[Any]:
     return jax.tree.leaves(full, is_leaf=_is_axes)
 
 
-def _checked(axes: Any, path: tuple[Any, ...], leaf: jax.Array) -> Axes:
+def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
     n = leaf.ndim
     valid = _is_axes(axes) and all(-n <= axis < n for axis in axes)
     if not valid or len({axis % n for axis in axes}) < len(axes):

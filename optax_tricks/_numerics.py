@@ -23,14 +23,12 @@ def map_in(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> Any:
     )
 
 
-def inner_product(dtype: jnp.dtype, a: optax.Updates, b: optax.Updates) -> jax.Array:
-    """The inner product of two real trees over all their entries, a scalar."""
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b
-    )
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
+def sum_over(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> jax.Array:
+    """The sum of f over all entries of real trees, a scalar of dtype."""
+    terms = jax.tree.map(lambda *x: jnp.sum(f(*(y.astype(dtype) for y in x))), *trees)
+    return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
 
 
 def norm(dtype: jnp.dtype, tree: optax.Updates) -> jax.Array:
-    """The Euclidean norm of a real tree over all its entries, a scalar."""
-    return jnp.sqrt(inner_product(dtype, tree, tree))
+    """The Euclidean norm of a real tree over all its entries, a scalar of dtype."""
+    return jnp.sqrt(sum_over(dtype, jnp.square, tree))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, map_in, norm
+from optax_tricks._numerics import accumulator_dtype, map_in, norm, sum_over
 from optax_tricks._second_gradient import (
     GradFn,
     check_call,
@@ -110,22 +110,27 @@ def perturbed_unit_step(
 
         dtype = accumulator_dtype(updates, params)
 
-        weighted = jax.tree.map(
-            lambda w, g: jnp.abs(w.astype(dtype)) * g.astype(dtype), params, updates
+        weighted_norm = jnp.sqrt(
+            sum_over(dtype, lambda w, g: jnp.square(w * g), params, updates)
         )
-        weighted_norm = norm(dtype, weighted)
         to_unit = _reciprocal(weighted_norm + jnp.asarray(eps, dtype))
-        perturbed = map_in(dtype, lambda w, d: w + to_unit * d, params, weighted)
+        perturbed = map_in(
+            dtype, lambda w, g: w + to_unit * (jnp.abs(w) * g), params, updates
+        )
         second = evaluate(_NAME, grad_fn, perturbed, updates)
 
-        total = jax.tree.map(
-            lambda g, h: g.astype(dtype) + h.astype(dtype), updates, second
+        # Else XLA would write g* + g to memory for the norm and the update to share,
+        # which on a CPU takes half as long again as to add twice.
+        first, other = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            (updates, second)
         )
-        total_norm = norm(dtype, total)
+        total_norm = jnp.sqrt(
+            sum_over(dtype, lambda g, h: jnp.square(g + h), first, other)
+        )
         new_state = PerturbedUnitStepState(
             pugd_perturbation_norm=weighted_norm.astype(jnp.float32),
-            pugd_gradient_norm=norm(dtype, updates).astype(jnp.float32),
-            pugd_perturbed_gradient_norm=norm(dtype, second).astype(jnp.float32),
+            pugd_gradient_norm=norm(dtype, first).astype(jnp.float32),
+            pugd_perturbed_gradient_norm=norm(dtype, other).astype(jnp.float32),
             pugd_zero_count=state.pugd_zero_count + (total_norm == 0),
         )
         to_unit = _reciprocal(total_norm)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -37,9 +38,14 @@ class RunFolder:
         self.write(_CONFIG, {"config": self.config, "environment": environment()})
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Adds a line to a JSON-lines file."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds a line to a JSON-lines file, on disk when this returns."""
+        with (self.path / name).open("ab+") as file:
+            # A killed process may have left half a line: it must not take this one.
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSON-lines file; a half-written last one is left out."""

@@ -1,0 +1,342 @@
+"""What the techniques cost: one update of a ResNet-50, and one training step.
+
+Times are ratios to a reference in the same round. Beside them stand the bytes that
+the compiled update moves, by XLA's own count, against the least that any
+implementation must move, and the share of the machine's copying speed that is.
+"""
+
+import csv
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import models
+import optax_tricks
+from benchmarks.timing import Ratio, interleave, ratio
+from train.gradients import batch_gradients, split
+from train.run_folder import RunFolder, environment, open_run_folder
+
+Tree = Any
+Transform = optax.GradientTransformationExtraArgs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """Something to time.
+
+    Attributes:
+      name: what the table calls it.
+      transform: the transformation.
+      reference: the name of the subject whose time is 1.
+      trees: the least reads and writes of an update, in trees of the parameters'
+        size: every input read once and every output written once, where the second
+        gradient is evaluated at a point that is written, and written itself.
+    """
+
+    name: str
+    transform: Transform
+    reference: str
+    trees: int
+
+
+def _sgd() -> Transform:
+    return optax.sgd(0.1, momentum=0.9)
+
+
+def _sam(outer: Transform) -> Transform:
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    return optax.contrib.sam(outer, adversary, opaque_mode=True)
+
+
+def _subjects() -> list[Subject]:
+    bb = optax_tricks.barzilai_borwein_step(0.1)
+    return [
+        Subject(name="copy", transform=optax.scale(0.5), reference="copy", trees=2),
+        Subject(name="sgd", transform=_sgd(), reference="sgd", trees=4),
+        Subject(
+            name="scale_by_random, sgd",
+            transform=optax.chain(optax_tricks.scale_by_random(0), _sgd()),
+            reference="sgd",
+            trees=4,
+        ),
+        Subject(
+            name="optax.add_noise, sgd",
+            transform=optax.chain(optax.add_noise(0.01, 0.55, 0), _sgd()),
+            reference="sgd",
+            trees=4,
+        ),
+        Subject(
+            name="optax.centralize",
+            transform=optax.centralize(),
+            reference="optax.centralize",
+            trees=2,
+        ),
+        Subject(
+            name="centralize",
+            transform=optax_tricks.centralize(),
+            reference="optax.centralize",
+            trees=2,
+        ),
+        Subject(
+            name="centralize, sgd",
+            transform=optax.chain(optax_tricks.centralize(), _sgd()),
+            reference="sgd",
+            trees=4,
+        ),
+        Subject(name="sam, sgd", transform=_sam(_sgd()), reference="sam, sgd", trees=9),
+        Subject(
+            name="perturbed_unit_step, sgd",
+            transform=optax.chain(optax_tricks.perturbed_unit_step(), _sgd()),
+            reference="sam, sgd",
+            trees=9,
+        ),
+        Subject(
+            name="barzilai_borwein_step",
+            transform=optax.chain(bb, optax.scale_by_learning_rate(0.1)),
+            reference="sam, sgd",
+            trees=9,
+        ),
+    ]
+
+
+def resnet50_shapes() -> dict[str, Any]:
+    """Shapes of the parameters of ResNet-50 for ImageNet, 25,557,032 of them."""
+    channels = 64
+    shapes = {"stem": _conv_and_norm((7, 7, 3, 64))}
+    for stage, (blocks, width) in enumerate(
+        zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)
+    ):
+        for i in range(blocks):
+            block = {
+                "conv1": _conv_and_norm((1, 1, channels, width)),
+                "conv2": _conv_and_norm((3, 3, width, width)),
+                "conv3": _conv_and_norm((1, 1, width, 4 * width)),
+            }
+            if i == 0:
+                block["shortcut"] = _conv_and_norm((1, 1, channels, 4 * width))
+            shapes[f"stage{stage}_block{i}"] = block
+            channels = 4 * width
+    return shapes | {"head": {"kernel": (2048, 1000), "bias": (1000,)}}
+
+
+def _conv_and_norm(kernel: tuple[int, ...]) -> dict[str, Any]:
+    norm = {"scale": kernel[-1:], "bias": kernel[-1:]}
+    return {"conv": {"kernel": kernel}, "norm": norm}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One row of the results."""
+
+    part: str
+    name: str
+    reference: str
+    ms: float
+    ratio: Ratio
+    gigabytes_moved: float | None = None
+    gigabytes_least: float | None = None
+    gigabytes_per_second: float | None = None
+
+
+def measure_updates(rounds: int) -> list[Measurement]:
+    """Times one jitted update of each subject on a tree of ResNet-50's shapes."""
+    shapes = resnet50_shapes()
+    is_shape = functools.partial(_is_instance, tuple)
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_shape)
+    keys = jax.random.split(jax.random.key(0), 2 * len(leaves))
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, 2 * leaves, strict=True)]
+    params = jax.tree.unflatten(treedef, arrays[: len(leaves)])
+    grads = jax.tree.unflatten(treedef, arrays[len(leaves) :])
+    tree_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+
+    # The gradient of a quadratic: as cheap as a second gradient can be, so that the
+    # update itself is what is seen.
+    def grad_fn(params: Tree, step: Any) -> Tree:
+        return jax.tree.map(lambda w: 0.5 * w, params)
+
+    subjects = _subjects()
+    calls, moved = {}, {}
+    for subject in subjects:
+        calls[subject.name], moved[subject.name] = _update_call(
+            subject.transform, grads, params, grad_fn
+        )
+    seconds = interleave(calls, rounds)
+    measurements = []
+    for subject in subjects:
+        least = subject.trees * tree_bytes / 1e9
+        median = statistics.median(seconds[subject.name])
+        measurements.append(
+            Measurement(
+                part="update of a ResNet-50",
+                name=subject.name,
+                reference=subject.reference,
+                ms=1000 * median,
+                ratio=ratio(seconds[subject.name], seconds[subject.reference]),
+                gigabytes_moved=moved[subject.name] / 1e9,
+                gigabytes_least=least,
+                gigabytes_per_second=least / median,
+            )
+        )
+    return measurements
+
+
+def _is_instance(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
+
+
+def _update_call(
+    transform: Transform, grads: Tree, params: Tree, grad_fn: Callable[..., Tree]
+) -> tuple[Callable[[], Tree], float]:
+    """A call that updates and keeps the state, and the bytes it moves by XLA's count."""
+    transform = optax.with_extra_args_support(transform)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        return transform.update(grads, state, params, grad_fn=grad_fn)
+
+    state = jax.jit(transform.init)(params)
+    compiled = update.lower(grads, state, params).compile()
+
+    def call() -> Tree:
+        nonlocal state
+        updates, state = compiled(grads, state, params)
+        return updates
+
+    return call, compiled.cost_analysis()["bytes accessed"]
+
+
+def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
+    """Times one training step of a ResNet-20 on images of 32x32."""
+    subjects = {
+        "sgd": (_sgd(), "sgd"),
+        "scale_by_random, sgd": (
+            optax.chain(optax_tricks.scale_by_random(0), _sgd()),
+            "sgd",
+        ),
+        "centralize, sgd": (optax.chain(optax_tricks.centralize(), _sgd()), "sgd"),
+        "sam, sgd": (_sam(_sgd()), "sam, sgd"),
+        "perturbed_unit_step, sgd": (
+            optax.chain(optax_tricks.perturbed_unit_step(), _sgd()),
+            "sam, sgd",
+        ),
+        "barzilai_borwein_step": (optax_tricks.step_tuned_sgd(0.1), "sam, sgd"),
+    }
+    calls = {name: _step_call(tx, batch_size) for name, (tx, _) in subjects.items()}
+    seconds = interleave(calls, rounds)
+    return [
+        Measurement(
+            part=f"training step of a ResNet-20, {batch_size} images",
+            name=name,
+            reference=reference,
+            ms=1000 * statistics.median(seconds[name]),
+            ratio=ratio(seconds[name], seconds[reference]),
+        )
+        for name, (_, reference) in subjects.items()
+    ]
+
+
+def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
+    model = models.create("resnet20", num_classes=10, rngs=nnx.Rngs(0))
+    graphdef, params, model_state = split(model)
+    images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
+    labels = jnp.arange(batch_size) % 10
+
+    def loss(model: nnx.Module, batch: Tree) -> tuple[jax.Array, None]:
+        logits = model(batch[0])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        return losses.mean(), None
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Tree, batch: Tree) -> Tree:
+        params, model_state, opt_state = state
+        out = batch_gradients(loss, graphdef, params, model_state, batch)
+        keywords = {"grad_fn": out.grad_fn}
+        updates, opt_state = optax.with_extra_args_support(transform).update(
+            out.grads, opt_state, params, **keywords
+        )
+        return optax.apply_updates(params, updates), out.model_state, opt_state
+
+    state = params, model_state, transform.init(params)
+    batch = images, labels
+    compiled = step.lower(state, batch).compile()
+
+    def call() -> Tree:
+        nonlocal state
+        state = compiled(state, batch)
+        return state
+
+    return call
+
+
+def transforms(rounds: int = 30, batch_size: int = 64, run_dir: Path | None = None):
+    """Time each technique beside optax's members, in ratios with their spread.
+
+    Args:
+      rounds: how often each is timed.
+      batch_size: images in the training step.
+      run_dir: folder for the results; a new one under runs/ if unset.
+    """
+    if rounds < 1 or batch_size < 1:
+        raise ValueError(
+            f"rounds and batch size must be at least 1, got {rounds} and {batch_size}"
+        )
+    console = Console()
+    config = {"rounds": rounds, "batch_size": batch_size}
+    with open_run_folder(run_dir, "transforms", config, resume=False) as folder:
+        folder.start()
+        with console.status("timing updates") as status:
+            measurements = measure_updates(rounds)
+            status.update("timing training steps")
+            measurements += measure_steps(rounds, batch_size)
+        _write(folder, measurements)
+        for part in dict.fromkeys(m.part for m in measurements):
+            console.print(_table(part, [m for m in measurements if m.part == part]))
+        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+
+
+_HEADER = ("member", "ms", "times", "of", "[10 %, 90 %]", "GB/least", "GB/s")
+
+
+def _cells(m: Measurement) -> tuple[str, ...]:
+    cells = (
+        m.name,
+        f"{m.ms:.1f}",
+        f"{m.ratio.median:.3f}",
+        m.reference,
+        f"[{m.ratio.low:.3f}, {m.ratio.high:.3f}]",
+    )
+    if m.gigabytes_moved is None:
+        return (*cells, "", "")
+    share = f"{m.gigabytes_moved:.2f}/{m.gigabytes_least:.2f}"
+    return (*cells, share, f"{m.gigabytes_per_second:.1f}")
+
+
+def _table(part: str, measurements: list[Measurement]) -> Table:
+    table = Table(title=part, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in _HEADER:
+        table.add_column(name, no_wrap=True)
+    for m in measurements:
+        table.add_row(*_cells(m))
+    return table
+
+
+def _write(folder: RunFolder, measurements: list[Measurement]) -> None:
+    where = environment()
+    rows = [dataclasses.asdict(m) | where for m in measurements]
+    for row in rows:
+        row |= {f"ratio_{k}": v for k, v in row.pop("ratio")._asdict().items()}
+    with (folder.path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,230 @@
+"""Bad input is refused, with what was given, what is allowed and what to do."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_tricks as tricks
+
+NAN, INF = float("nan"), float("inf")
+PARAMS = {"w": jnp.array([0.5, -1.5]), "b": jnp.array(1.0)}
+RANDOM = (tricks.scale_by_random, {"key": 0})
+BB = (tricks.barzilai_borwein_step, {"learning_rate": 0.1})
+UNIT = (tricks.perturbed_unit_step, {})
+TUNED = (tricks.step_tuned_sgd, {"learning_rate": 0.1})
+PUGD = (tricks.pugd, {"learning_rate": 0.1})
+WAVE = (tricks.triangular_schedule, {"low": 0.0, "high": 1.0, "half_period": 2})
+
+# Factory and arguments, one more argument, what it may be, bad and good values.
+RANGES = [
+    (*RANDOM, "probability", "[0, 1]", [-0.1, 1.1, NAN], [0, 0.5, 1]),
+    (*BB, "learning_rate", "[0, inf)", [-0.1, INF, NAN], [0, 10]),
+    (*BB, "beta", "[0, 1)", [-0.1, 1, 1.5, NAN], [0, 0.9]),
+    (*BB, "nu", "(0, inf)", [0, -1, INF, NAN], [0.1, 2]),
+    (*BB, "min_scale", "(0, inf)", [0, -0.5, INF, NAN], [0.1, 2]),
+    (*UNIT, "eps", "[0, inf)", [-1e-12, INF, NAN], [0, 1]),
+    (*TUNED, "learning_rate", "[0, inf)", [-0.1, INF, NAN], [0, 10]),
+    (*TUNED, "delta", "[0, 0.5]", [-0.1, 0.6, NAN], [0, 0.5]),
+    (*TUNED, "beta", "[0, 1)", [-0.1, 1, NAN], [0, 0.9]),
+    (*TUNED, "nu", "(0, inf)", [0, -1, INF, NAN], [0.1, 2]),
+    (*TUNED, "min_scale", "(0, inf)", [0, -0.5, INF, NAN], [0.1, 2]),
+    (*PUGD, "learning_rate", "[0, inf)", [-0.1, INF, NAN], [0, 10]),
+    (*PUGD, "momentum", "[0, 1)", [-0.1, 1, NAN], [0, 0.9]),
+    (*PUGD, "weight_decay", "[0, inf)", [-0.1, INF, NAN], [0, 5e-4]),
+    (*WAVE, "half_period", "(0, inf)", [0, -2, INF, NAN], [1, 2.5]),
+]
+# Factory and arguments, lower and upper limit, each of which is fine by itself.
+ORDERS = [
+    (*RANDOM, {"minval": 0.75}, {"maxval": 0.5}),
+    (*RANDOM, {"minval": 0.75}, {"maxval": NAN}),
+    (*RANDOM, {"minval": NAN}, {"maxval": 0.5}),
+    (*BB, {"min_scale": 3.0}, {"max_scale": 2.5}),
+    (*BB, {"min_scale": 3.0}, {"max_scale": NAN}),
+    (*TUNED, {"min_scale": 3.0}, {"max_scale": 2.5}),
+    (*WAVE, {"low": 0.75}, {"high": 0.5}),
+    (*WAVE, {"low": NAN}, {"high": 0.5}),
+]
+NUMBERS = {"python": float, "float64": np.float64, "float32": np.float32, "int": int}
+
+Factory = Callable[..., Any]
+Kwargs = dict[str, Any]
+
+
+def grad_fn(params: Any, step: int) -> Any:
+    del step
+    return jax.tree.map(jnp.sin, params)
+
+
+def use(factory: Factory, kwargs: Kwargs) -> Any:
+    """Whatever the factory's product computes."""
+    made = factory(**kwargs)
+    if factory is tricks.triangular_schedule:
+        return made(3)
+    return made.update(PARAMS, made.init(PARAMS), PARAMS, grad_fn=grad_fn)
+
+
+def cases(which: int) -> pytest.MarkDecorator:
+    """Every bad (4) or good (5) value, as every kind of number that can hold it."""
+    return pytest.mark.parametrize(
+        ("factory", "kwargs", "name", "interval", "value"),
+        [
+            pytest.param(
+                *case[:4],
+                make(value),
+                id=f"{case[0].__name__}-{case[2]}-{value}-{kind}",
+            )
+            for case in RANGES
+            for value in case[which]
+            for kind, make in NUMBERS.items()
+            if kind != "int" or isinstance(value, int)
+        ],
+    )
+
+
+@cases(4)
+def test_numbers_outside_their_range_are_refused(
+    factory: Factory, kwargs: Kwargs, name: str, interval: str, value: Any
+) -> None:
+    message = f"{name} must be in {interval}, got {value}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        factory(**{**kwargs, name: value})
+
+
+@cases(5)
+def test_numbers_up_to_the_ends_of_their_range_are_taken(
+    factory: Factory, kwargs: Kwargs, name: str, interval: str, value: Any
+) -> None:
+    wide = {"max_scale": 10.0} if name == "min_scale" else {}
+    factory(**{**kwargs, **wide, name: value})
+
+
+@pytest.mark.parametrize("kind", ["python", "float64", "float32"])
+@pytest.mark.parametrize(("factory", "kwargs", "low", "high"), ORDERS)
+def test_limits_in_the_wrong_order_are_refused(
+    factory: Factory, kwargs: Kwargs, low: Kwargs, high: Kwargs, kind: str
+) -> None:
+    ((low_name, low_value), (high_name, high_value)) = *low.items(), *high.items()
+    make = NUMBERS[kind]
+    message = (
+        f"{low_name} must be at most {high_name}, got "
+        f"{low_name}={low_value} and {high_name}={high_value}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        factory(**{**kwargs, low_name: make(low_value), high_name: make(high_value)})
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "name"),
+    [(*RANDOM, ("minval", "maxval")), (*BB, ("min_scale", "max_scale"))],
+)
+def test_equal_limits_are_taken(
+    factory: Factory, kwargs: Kwargs, name: tuple[str, str]
+) -> None:
+    factory(**{**kwargs, **dict.fromkeys(name, 0.75)})
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "changes"),
+    [
+        *((*case[:2], {case[2]: case[4][0]}) for case in RANGES),
+        *((*case[:2], {**case[2], **case[3]}) for case in ORDERS),
+    ],
+)
+def test_traced_numbers_are_not_looked_at(
+    factory: Factory, kwargs: Kwargs, changes: Kwargs
+) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        use(factory, {**kwargs, **changes})
+    traced = {name: np.float32(value) for name, value in changes.items()}
+    jax.eval_shape(lambda values: use(factory, {**kwargs, **values}), traced)
+
+
+# --- The second gradient ----------------------------------------------------------------
+
+two_gradients = pytest.mark.parametrize(
+    ("factory", "kwargs"),
+    [BB, UNIT, TUNED, PUGD],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+
+
+@pytest.mark.parametrize(
+    ("params", "extra", "missing"),
+    [
+        (None, {"grad_fn": grad_fn}, "params"),
+        (PARAMS, {}, "grad_fn"),
+        (PARAMS, {"grad_fn": None}, "grad_fn"),
+        (None, {}, "params"),
+    ],
+    ids=["no-params", "no-grad_fn", "grad_fn-is-none", "neither"],
+)
+@two_gradients
+def test_a_missing_argument_shows_the_call_to_write(
+    factory: Factory, kwargs: Kwargs, params: Any, extra: Kwargs, missing: str
+) -> None:
+    tx = factory(**kwargs)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=f"got no {missing}") as error:
+        tx.update(PARAMS, state, params, **extra)
+    # What it shows runs as it stands.
+    shown = re.search(
+        r"Call (update\(.*?\)) with, for example, grad_fn = (lambda .*)\.$",
+        str(error.value),
+    )
+    assert shown
+    names = {
+        "jax": jax,
+        "loss": lambda params, batch: jnp.sum(params["w"] * batch) + params["b"],
+        "batch": jnp.ones(2),
+        "update": tx.update,
+        "grads": PARAMS,
+        "state": state,
+        "params": PARAMS,
+    }
+    names["grad_fn"] = eval(shown[2], names)
+    updates, _ = eval(shown[1], names)
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+BAD_GRADIENTS = {
+    "value-and-grad": lambda params: (jnp.float32(0.0), params),
+    "gradient-and-auxiliary": lambda params: (params, {"logits": jnp.ones(3)}),
+    "nothing": lambda params: None,
+    "a-leaf-less": lambda params: {"w": params["w"]},
+    "another-container": lambda params: list(params.values()),
+    "another-shape": lambda params: {**params, "w": jnp.ones(3)},
+    "broadcastable": lambda params: {**params, "w": jnp.ones(1)},
+    "stacked": lambda params: jax.tree.map(lambda x: jnp.stack([x, x]), params),
+}
+
+
+@pytest.mark.parametrize("output", BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
+@two_gradients
+def test_a_second_gradient_of_another_form_is_refused(
+    factory: Factory, kwargs: Kwargs, output: Callable[[Any], Any]
+) -> None:
+    tx = factory(**kwargs)
+    message = r"grad_fn must return a tree .* first gradient.*jax\.value_and_grad"
+    with pytest.raises(ValueError, match=message):
+        tx.update(
+            PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda params, step: output(params)
+        )
+
+
+def test_step_tuned_sgd_refuses_a_schedule_and_names_a_remedy_that_works() -> None:
+    schedule = optax.cosine_decay_schedule(0.1, 10)
+    with pytest.raises(ValueError, match="learning_rate must be a number") as error:
+        tricks.step_tuned_sgd(schedule)
+    remedy = re.search(r"optax\.chain\(.*\)", str(error.value))
+    assert remedy
+    names = {**vars(tricks), "optax": optax, "schedule": schedule}
+    tx = eval(remedy[0], names)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=grad_fn)
+    descends = jax.tree.map(lambda u, g: jnp.all(u * g < 0), updates, PARAMS)
+    assert jax.tree.all(descends)

@@ -1,0 +1,141 @@
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import optax_tricks
+from train.gradients import batch_gradients, split
+
+TWO_GRADIENT_TRICKS = {
+    "pugd": optax_tricks.pugd(0.1),
+    "step_tuned_sgd": optax_tricks.step_tuned_sgd(0.1),
+}
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(3, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    logits = model(x)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return losses.mean(), logits
+
+
+@pytest.fixture
+def batch():
+    return jax.random.normal(jax.random.key(1), (16, 3)), jnp.arange(16) % 2
+
+
+@pytest.fixture
+def parts():
+    return split(Network(nnx.Rngs(0)))
+
+
+def test_first_gradient_is_that_of_nnx(batch, parts):
+    model = nnx.merge(*parts, copy=True)
+    (loss, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, batch)
+    out = batch_gradients(loss_fn, *parts, batch)
+    chex.assert_trees_all_close(out.loss, loss, rtol=1e-6)
+    chex.assert_trees_all_close(out.grads, nnx.to_pure_dict(grads), rtol=1e-5)
+    # Training a model in place leaves this state behind.
+    rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+    for name in ("mean", "var"):
+        chex.assert_trees_all_close(
+            out.model_state["norm"][name], rest["norm"][name], rtol=1e-6
+        )
+
+
+def test_statistics_are_those_of_the_batch(batch, parts):
+    graphdef, params, model_state = parts
+    out = batch_gradients(loss_fn, graphdef, params, model_state, batch)
+    hidden = batch[0] @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
+    norm = out.model_state["norm"]
+    chex.assert_trees_all_close(norm["mean"], 0.1 * hidden.mean(0), atol=1e-6)
+    chex.assert_trees_all_close(norm["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TWO_GRADIENT_TRICKS)
+def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, parts):
+    def step(tx):
+        @jax.jit
+        def run(params, model_state):
+            out = batch_gradients(loss_fn, parts[0], params, model_state, batch)
+            tx_ = optax.with_extra_args_support(tx)
+            state = tx_.init(params)
+            updates, _ = tx_.update(out.grads, state, params, grad_fn=out.grad_fn)
+            return out.model_state, updates
+
+        return run(*parts[1:])
+
+    plain_state, plain_updates = step(optax.sgd(0.1))
+    state, updates = step(TWO_GRADIENT_TRICKS[name])
+    chex.assert_trees_all_equal(state, plain_state)
+    difference = optax.tree.sub(updates, plain_updates)
+    assert optax.tree.norm(difference) > 1e-3  # the trick did something
+
+
+def test_second_gradient_has_the_dropout_of_the_first(batch, parts):
+    out = batch_gradients(loss_fn, *parts, batch)
+    chex.assert_trees_all_equal(out.grad_fn(parts[1], 0), out.grads)
+    chex.assert_trees_all_equal(out.grad_fn(parts[1], 1), out.grads)
+
+
+def test_dropout_changes_from_step_to_step(batch, parts):
+    graphdef, params, model_state = parts
+    first = batch_gradients(loss_fn, graphdef, params, model_state, batch)
+    second = batch_gradients(loss_fn, graphdef, params, first.model_state, batch)
+    assert not jnp.allclose(first.aux, second.aux)
+
+
+def test_second_gradient_is_taken_at_the_given_point(batch, parts):
+    graphdef, params, model_state = parts
+    out = batch_gradients(loss_fn, graphdef, params, model_state, batch)
+    point = jax.tree.map(lambda w: w + 0.1, params)
+    there = batch_gradients(loss_fn, graphdef, point, model_state, batch)
+    chex.assert_trees_all_close(out.grad_fn(point, 0), there.grads, rtol=1e-6)
+
+
+def test_nnx_state_works_like_plain_dicts(batch, parts):
+    graphdef, params, model_state = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+    out = jax.jit(lambda p, s: batch_gradients(loss_fn, graphdef, p, s, batch)[:4])(
+        params, model_state
+    )
+    expected = jax.jit(
+        lambda p, s: batch_gradients(loss_fn, parts[0], p, s, batch)[:4]
+    )(*parts[1:])
+    assert isinstance(out[2], nnx.State)
+    assert isinstance(out[3], nnx.State)
+    chex.assert_trees_all_close(nnx.to_pure_dict(out[2]), expected[2], rtol=1e-6)
+    statistics = nnx.to_pure_dict(out[3])["norm"]
+    chex.assert_trees_all_close(statistics, expected[3]["norm"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TWO_GRADIENT_TRICKS)
+def test_nnx_optimizer_drives_two_gradient_tricks(name, batch, parts):
+    model = Network(nnx.Rngs(0))
+    tx = TWO_GRADIENT_TRICKS[name]
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+    out = batch_gradients(loss_fn, graphdef, params, model_state, batch)
+    optimizer.update(model, out.grads, grad_fn=out.grad_fn)
+
+    expected = batch_gradients(loss_fn, *parts, batch)
+    updates, _ = tx.update(
+        expected.grads, tx.init(parts[1]), parts[1], grad_fn=expected.grad_fn
+    )
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        optax.apply_updates(parts[1], updates),
+        atol=1e-6,
+    )
