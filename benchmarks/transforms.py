@@ -198,7 +198,7 @@ def _is_instance(kind: type, node: Any) -> bool:
 def _update_call(
     transform: Transform, grads: Tree, params: Tree, grad_fn: Callable[..., Tree]
 ) -> tuple[Callable[[], Tree], float]:
-    """A call that updates and keeps the state, and the bytes it moves by XLA's count."""
+    """A call that updates and keeps the state, and the bytes XLA counts in it."""
     transform = optax.with_extra_args_support(transform)
 
     @functools.partial(jax.jit, donate_argnums=1)

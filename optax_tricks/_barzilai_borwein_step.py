@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, map_in, norm, sum_over
+from optax_tricks._numerics import accumulator_dtype, count_if, map_in, norm, sum_over
 from optax_tricks._second_gradient import (
     GradFn,
     check_call,
@@ -184,11 +184,11 @@ def barzilai_borwein_step(
             bb_curvature=curvature.astype(jnp.float32),
             bb_gradient_norm=gradient_norm.astype(jnp.float32),
             bb_half_gradient_norm=norm(dtype, second).astype(jnp.float32),
-            bb_nonpositive_curvature_count=(
-                state.bb_nonpositive_curvature_count + nonpositive
+            bb_nonpositive_curvature_count=count_if(
+                state.bb_nonpositive_curvature_count, nonpositive
             ),
-            bb_min_scale_count=state.bb_min_scale_count + (raw < low),
-            bb_max_scale_count=state.bb_max_scale_count + (raw > high),
+            bb_min_scale_count=count_if(state.bb_min_scale_count, raw < low),
+            bb_max_scale_count=count_if(state.bb_max_scale_count, raw > high),
             bb_difference=difference,
         )
         updates = map_in(dtype, lambda g, h: scale * (g + h), updates, second)

@@ -72,7 +72,7 @@ def centralize(
       keep shape and dtype; complex leaves are right.
 
     Raises:
-      ValueError: on update, if `reduction_axes` do not fit a leaf or the tree.
+      ValueError: on update, if `reduction_axes` do not fit a leaf or give none for it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -126,7 +126,8 @@ def _axes_per_leaf(
             for path, leaf in paths_and_leaves
         ]
     else:
-        given = _broadcast(reduction_axes, updates)
+        entries = dict(jax.tree.leaves_with_path(reduction_axes, is_leaf=_is_axes))
+        given = [_entry_for(entries, path, leaf) for path, leaf in paths_and_leaves]
     return [
         _axes(axes, path, leaf) if leaf.ndim > 3 or not conv_only else ()
         for axes, (path, leaf) in zip(given, paths_and_leaves, strict=True)
@@ -170,15 +171,20 @@ def _is_axes(node: Any) -> bool:
     )
 
 
-def _broadcast(reduction_axes: AxesTree, updates: optax.Updates) -> list[Any]:
-    try:
-        full = jax.tree.broadcast(reduction_axes, updates, is_leaf=_is_axes)
-    except ValueError as error:
-        raise ValueError(
-            "centralize: reduction_axes must be a tree of tuples that matches the "
-            f"gradient's, or a prefix of it, but {error}"
-        ) from error
-    return jax.tree.leaves(full, is_leaf=_is_axes)
+def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
+    """What a tree of axes, or a prefix of one, gives for a leaf."""
+    for length in range(len(path) + 1):
+        if path[:length] in entries:
+            return entries[path[:length]]
+    raise ValueError(
+        f"centralize: reduction_axes give none for leaf {_show(path, leaf)}: "
+        "give a tuple of axes, () to leave it alone, or None for the rules."
+    )
+
+
+def _show(path: Path, leaf: jax.Array) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return f"'{name}' of shape {leaf.shape}"
 
 
 def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
@@ -186,10 +192,9 @@ def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
     valid = _is_axes(axes) and all(-n <= axis < n for axis in axes)
     if not valid or len({axis % n for axis in axes}) < len(axes):
         raise ValueError(
-            f"centralize: reduction_axes {axes} do not fit leaf "
-            f"'{jax.tree_util.keystr(path, simple=True, separator='/')}' of shape "
-            f"{leaf.shape}: give a tuple of distinct axes from {-n} to {n - 1}, "
-            "or () to leave it alone."
+            f"centralize: reduction_axes {axes} do not fit leaf {_show(path, leaf)}: "
+            f"give a tuple of distinct axes from {-n} to {n - 1}, or () to leave it "
+            "alone."
         )
     return tuple(axes)
 

@@ -12,7 +12,9 @@ import optax
 def accumulator_dtype(*trees: Any) -> jnp.dtype:
     """The widest dtype among all leaves, and at least float32."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(trees)]
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    # The promotion is wanted, also where a caller forbids implicit ones.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def map_in(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> Any:
@@ -32,3 +34,8 @@ def sum_over(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> jax.
 def norm(dtype: jnp.dtype, tree: optax.Updates) -> jax.Array:
     """The Euclidean norm of a real tree over all its entries, a scalar of dtype."""
     return jnp.sqrt(sum_over(dtype, jnp.square, tree))
+
+
+def count_if(count: jax.Array, happened: jax.Array) -> jax.Array:
+    """One more where something happened; stays at the largest int32."""
+    return jnp.where(happened, optax.safe_increment(count), count)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, map_in, norm, sum_over
+from optax_tricks._numerics import accumulator_dtype, count_if, map_in, norm, sum_over
 from optax_tricks._second_gradient import (
     GradFn,
     check_call,
@@ -27,8 +27,8 @@ class PerturbedUnitStepState(NamedTuple):
         scaled to length one; where it is 0 the weights are not perturbed.
       pugd_gradient_norm: float32 of shape (), the norm of the first gradient g.
       pugd_perturbed_gradient_norm: float32 of shape (), the norm of the second, g*.
-      pugd_zero_count: int32 of shape (), the updates so far in which g* + g was zero
-        and no direction could be given.
+      pugd_zero_count: int32 of shape (), the updates so far in which the norm of
+        g* + g was zero and no direction could be given.
     """
 
     pugd_perturbation_norm: jax.Array
@@ -87,8 +87,9 @@ def perturbed_unit_step(
       that. Members in front of this one change only the first gradient: to transform
       both, apply them inside ``grad_fn`` as well. `optax.MultiSteps` would call
       ``grad_fn`` on every mini-step and use one result; accumulate inside
-      ``grad_fn`` instead. Norms are accumulated in float32, so a norm below about
-      1e-19 counts as zero.
+      ``grad_fn`` instead. Squares are accumulated in float32 (float64 for
+      float64 leaves): a norm below about 1e-19 counts as zero, and one above 1e19
+      makes the update NaN.
     """
     check_in("eps", eps, "[0, inf)")
 
@@ -131,7 +132,7 @@ def perturbed_unit_step(
             pugd_perturbation_norm=weighted_norm.astype(jnp.float32),
             pugd_gradient_norm=norm(dtype, first).astype(jnp.float32),
             pugd_perturbed_gradient_norm=norm(dtype, other).astype(jnp.float32),
-            pugd_zero_count=state.pugd_zero_count + (total_norm == 0),
+            pugd_zero_count=count_if(state.pugd_zero_count, total_norm == 0),
         )
         to_unit = _reciprocal(total_norm)
         updates = map_in(dtype, lambda g, h: to_unit * (g + h), updates, second)
@@ -141,5 +142,6 @@ def perturbed_unit_step(
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x, and 0 where x is 0; NaN stays NaN."""
-    return jnp.where(x == 0, jnp.zeros_like(x), 1 / jnp.where(x == 0, 1, x))
+    """1 / x, and 0 where x is 0; NaN for a norm that overflowed, to be seen."""
+    inverse = jnp.where(x == 0, jnp.zeros_like(x), 1 / jnp.where(x == 0, 1, x))
+    return jnp.where(jnp.isinf(x), jnp.nan, inverse)

@@ -109,11 +109,10 @@ def scale_by_random(
 
 def _own_key(key: ArrayLike) -> jax.Array:
     """A typed key of the state's own: a donated state must not take the caller's."""
-    key = jnp.asarray(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        typed = key.copy()
-    elif key.dtype == jnp.uint32 and key.ndim > 0:
-        typed = jax.random.wrap_key_data(key.copy())
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        typed = jnp.copy(key)
+    elif jnp.shape(key):  # a key of the older form, an array of uint32
+        typed = jax.random.wrap_key_data(jnp.copy(key))
     else:
         typed = jax.random.key(key)
     if typed.shape:

@@ -5,7 +5,8 @@ unit's output has a derivative.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     make: Callable[[nnx.Rngs], nnx.Module]
     axes: dict[str, Axes]
     why: str
-    layers: dict[str, tuple[Axes, Axes]] = {}
+    layers: Mapping[str, tuple[Axes, Axes]] = MappingProxyType({})
     right: Axes | None = None
 
 
@@ -216,7 +217,7 @@ def minus_unit_means(layer: nnx.Module, shape: Axes, units: Axes, g: Any) -> np.
         y = y.reshape(int(np.prod(y.shape[: len(units)])), -1)
         return y @ jnp.asarray(rng.normal(size=y.shape[1]), y.dtype)
 
-    feeds = np.asarray(jax.jacrev(outputs)(pure["kernel"])) != 0
+    feeds = np.asarray(jax.jit(jax.jacrev(outputs))(pure["kernel"])) != 0
     np.testing.assert_array_equal(feeds.sum(0), 1, err_msg="units share a weight")
     assert feeds.any(axis=tuple(range(1, feeds.ndim))).all(), "a unit without weights"
     g = np.array(g)
@@ -271,7 +272,7 @@ def test_axes_are_those_that_feed_a_unit(case: Case, path: str) -> None:
         np.testing.assert_array_equal(given["bias"], by_path(grads)["bias"])
 
 
-# --- Forms of a tree --------------------------------------------------------------------
+# --- Forms of a tree ------------------------------------------------------------------
 
 
 class Net(nnx.Module):
@@ -366,7 +367,7 @@ def test_linen() -> None:
     assert_close(by_path(got), minus_means(by_path(grads), axes))
 
 
-# --- Axes of one's own ------------------------------------------------------------------
+# --- Axes of one's own ----------------------------------------------------------------
 
 
 class UpNet(nnx.Module):
@@ -437,7 +438,7 @@ def test_a_tuple_for_kernels_of_another_layout() -> None:
     assert_close(got, minus_means(by_path(grads), {"conv/kernel": (1, 2, 3)}))
 
 
-# --- Axes that do not fit ---------------------------------------------------------------
+# --- Axes that do not fit -------------------------------------------------------------
 
 MISFITS = {
     "too-large": (0, 4),

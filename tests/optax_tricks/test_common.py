@@ -7,8 +7,9 @@ import inspect
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
@@ -47,8 +48,8 @@ class Row(NamedTuple):
 
     id: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
-    kwargs: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    extra: Mapping[str, Any] = MappingProxyType({})
 
     def build(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
         return self.factory(**{**self.kwargs, **changes})
@@ -110,7 +111,9 @@ PARAMS = make_params()
 GRADS = grad_fn(PARAMS, 0)
 
 
-def make_step(tx: Any, extra: dict[str, Any]) -> Callable[[Any, Any], tuple[Any, Any]]:
+def make_step(
+    tx: Any, extra: Mapping[str, Any]
+) -> Callable[[Any, Any], tuple[Any, Any]]:
     def step(params: Any, state: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grad_fn(params, 0), state, params, **extra)
         return optax.apply_updates(params, updates), state
@@ -118,7 +121,7 @@ def make_step(tx: Any, extra: dict[str, Any]) -> Callable[[Any, Any], tuple[Any,
     return step
 
 
-def run(tx: Any, extra: dict[str, Any], params: Any = PARAMS, steps: int = 3) -> Any:
+def run(tx: Any, extra: Mapping[str, Any], params: Any = PARAMS, steps: int = 3) -> Any:
     """Params and state after a few steps, op by op: compiling is what takes time."""
     step, carry = make_step(tx, extra), (params, tx.init(params))
     for _ in range(steps):
@@ -159,7 +162,7 @@ def test_the_table_has_every_transformation() -> None:
     assert {row.factory for row in ROWS} == public - other
 
 
-# --- Calls -----------------------------------------------------------------------------
+# --- Calls ----------------------------------------------------------------------------
 
 
 @every_row
@@ -195,7 +198,7 @@ def test_grad_fn_is_called_once_per_update_with_step_zero(row: Row) -> None:
         assert calls == [(0, types(PARAMS))] * k
 
 
-# --- JAX's transformations --------------------------------------------------------------
+# --- JAX's transformations ------------------------------------------------------------
 
 
 @every_row
@@ -280,7 +283,7 @@ def test_vmap_over_all_hyperparameters(row: Row) -> None:
     assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *expected))
 
 
-# --- Dtypes -----------------------------------------------------------------------------
+# --- Dtypes ---------------------------------------------------------------------------
 
 
 STATES = tuple(x for x in vars(tricks).values() if isinstance(x, type))
@@ -353,7 +356,7 @@ def test_hyperparameters_given_as_arrays_do_not_widen(row: Row) -> None:
     assert_types_are_kept(row, params, grad_fn(params, 0))
 
 
-# --- States -----------------------------------------------------------------------------
+# --- States ---------------------------------------------------------------------------
 
 
 @every_row
@@ -451,7 +454,7 @@ def test_sharding(row: Row, axis_type: AxisType) -> None:
     assert_close(jax.device_get(plain(carry)), plain(expected))
 
 
-# --- Optax's wrappers -------------------------------------------------------------------
+# --- Optax's wrappers -----------------------------------------------------------------
 
 
 @every_row
@@ -628,10 +631,10 @@ def test_apply_if_finite_skips_a_bad_step(row: Row) -> None:
     chex.assert_tree_all_finite(update(GRADS, after, PARAMS)[0])
 
 
-# --- Chains -----------------------------------------------------------------------------
+# --- Chains ---------------------------------------------------------------------------
 
 
-def descend(tx: Any, extra: dict[str, Any], steps: int) -> Any:
+def descend(tx: Any, extra: Mapping[str, Any], steps: int) -> Any:
     """Params and state after a chain brought the loss down."""
     params, state = run(tx, extra, steps=steps)
     chex.assert_tree_all_finite((params, plain(state)))
@@ -696,34 +699,38 @@ def test_all_members_in_one_chain(order: list[Row]) -> None:
         assert_readable(state, row)
 
 
-# --- Flax's optimizer -------------------------------------------------------------------
+# --- Flax's optimizer -----------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(3, 4, rngs=rngs)
+        self.out = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jnp.tanh(self.hidden(x)))
+
+
+def net_loss(net: Net) -> jax.Array:
+    return jnp.mean((net(jnp.ones((2, 3))) - 1) ** 2)
+
+
+GRAPHDEF = nnx.graphdef(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+
+
+@jax.jit
+def net_grad(params: Any, step: int) -> Any:
+    del step
+    return jax.grad(lambda p: net_loss(nnx.merge(GRAPHDEF, p)))(params)
 
 
 @every_row
 def test_nnx_optimizer(row: Row) -> None:
-    class Net(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.hidden = nnx.Linear(3, 4, rngs=rngs)
-            self.out = nnx.Linear(4, 2, rngs=rngs)
-
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return self.out(jnp.tanh(self.hidden(x)))
-
-    def net_loss(net: Net) -> jax.Array:
-        return jnp.mean((net(jnp.ones((2, 3))) - 1) ** 2)
-
-    net = Net(nnx.Rngs(0))
-    graphdef, start = nnx.split(net)
+    net, tx = Net(nnx.Rngs(0)), row.optimizer()
     before = net_loss(net)
-
-    def net_grad(params: Any, step: int) -> Any:
-        del step
-        return jax.grad(lambda p: net_loss(nnx.merge(graphdef, p)))(params)
-
-    extra = {name: net_grad for name in row.extra}
-    tx = row.optimizer()
+    extra = dict.fromkeys(row.extra, net_grad)
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
-    params = nnx.to_pure_dict(start)
+    params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
     state = tx.init(params)
     for _ in range(2):
         optimizer.update(net, nnx.grad(net_loss)(net), **extra)
@@ -733,7 +740,7 @@ def test_nnx_optimizer(row: Row) -> None:
     assert net_loss(net) < before
 
 
-# --- Trees ------------------------------------------------------------------------------
+# --- Trees ----------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -785,6 +792,15 @@ def test_empty_trees(row: Row, tree: Any) -> None:
     chex.assert_tree_all_finite(plain(after))
 
 
+@every_row
+def test_numpy_leaves(row: Row) -> None:
+    """As a checkpoint may restore them."""
+    tx = row.build()
+    expected = tx.update(GRADS, tx.init(PARAMS), PARAMS, **row.extra)
+    grads, params = jax.device_get((GRADS, PARAMS))
+    assert_close(tx.update(grads, tx.init(params), params, **row.extra), expected)
+
+
 @parametrize(SINGLE)
 def test_masked_nodes_stay(row: Row) -> None:
     tx = row.build()
@@ -794,7 +810,7 @@ def test_masked_nodes_stay(row: Row) -> None:
     assert_equal(updates["a"], tx.update({"a": A}, tx.init({"a": A}))[0]["a"])
 
 
-# --- Values at the edge -----------------------------------------------------------------
+# --- Values at the edge ---------------------------------------------------------------
 
 
 @every_row
@@ -850,7 +866,7 @@ def test_complex_leaves_are_refused(row: Row) -> None:
         tx.update(COMPLEX, tx.init(PARAMS), COMPLEX, **row.extra)
 
 
-# --- Keys -------------------------------------------------------------------------------
+# --- Keys -----------------------------------------------------------------------------
 
 SEEDS = {
     "int": 3,
@@ -867,6 +883,8 @@ def test_forms_of_a_key(key: Any) -> None:
     state = tricks.scale_by_random(key).init(PARAMS)
     assert_equal(state.random_key, jax.random.key(3))
     assert types(state.random_key) == types(jax.random.key(3))
+    if isinstance(key, jax.Array):  # it survives a donated state
+        assert not set(buffers(key)) & set(buffers(state))
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**31, 2**32 - 1, 2**40])
@@ -889,7 +907,7 @@ def test_a_batch_of_keys_is_refused(make: Callable[[int], jax.Array]) -> None:
         tricks.scale_by_random(keys).init(PARAMS)
 
 
-# --- Convergence ------------------------------------------------------------------------
+# --- Convergence ----------------------------------------------------------------------
 
 # Start, minimum, function. The means over the inputs of a unit agree in start and
 # minimum of the matrix, since centralization keeps them.

@@ -145,7 +145,7 @@ def test_traced_numbers_are_not_looked_at(
     jax.eval_shape(lambda values: use(factory, {**kwargs, **values}), traced)
 
 
-# --- The second gradient ----------------------------------------------------------------
+# --- The second gradient --------------------------------------------------------------
 
 two_gradients = pytest.mark.parametrize(
     ("factory", "kwargs"),
