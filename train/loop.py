@@ -59,6 +59,18 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+class Scalars(NamedTuple):
+    """What a step gives to log.
+
+    Attributes:
+      mean: what an epoch's record averages over its steps, the loss among them.
+      last: what it takes from its last step.
+    """
+
+    mean: dict[str, jax.Array]
+    last: dict[str, jax.Array]
+
+
 class NonFiniteLossError(ArithmeticError):
     """The loss stopped being a number."""
 
@@ -75,7 +87,7 @@ class Program(NamedTuple):
 
     Attributes:
       init: key -> the first state.
-      step: (state, data, order) -> (state, metrics); the state is donated.
+      step: (state, data, order) -> (state, scalars); the state is donated.
       evaluate: state -> metrics over the whole evaluation split.
       data: the training split on the device.
       batch_size: examples in a step.
@@ -84,7 +96,7 @@ class Program(NamedTuple):
     """
 
     init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]
+    step: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Scalars]]
     evaluate: Callable[[TrainState], Record]
     data: Tree
     batch_size: int
@@ -168,10 +180,10 @@ def make_program(
 
 def make_train_step(
     task: Task, graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs
-) -> Callable[[TrainState, Tree], tuple[TrainState, Tree]]:
+) -> Callable[[TrainState, Tree], tuple[TrainState, Scalars]]:
     """The pure function (state, batch) -> (state, scalars to log)."""
 
-    def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Tree]:
+    def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Scalars]:
         batch = task.prepare(batch, jax.random.fold_in(state.key, state.step))
         out = batch_gradients(
             task.loss, graphdef, state.params, state.model_state, batch
@@ -180,14 +192,15 @@ def make_train_step(
             out.grads, state.opt_state, state.params, grad_fn=out.grad_fn
         )
         params = optax.apply_updates(state.params, updates)
-        scalars = {
-            "loss": out.loss,
-            **{name: total / count for name, (total, count) in out.aux.items()},
+        ratios = {name: total / count for name, (total, count) in out.aux.items()}
+        norms = {
             "gradient_norm": optax.tree.norm(out.grads),
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
-            **trick_scalars(opt_state),
         }
+        scalars = Scalars(
+            mean={"loss": out.loss, **ratios}, last=norms | trick_scalars(opt_state)
+        )
         next_state = TrainState(
             params, out.model_state, opt_state, state.step + 1, state.key
         )
@@ -256,18 +269,19 @@ def _flights(steps: int) -> Iterator[int]:
         yield min(_STEPS_IN_FLIGHT, steps - start)
 
 
-def _epoch_record(logged: list[Record], epoch: int, schedule: optax.Schedule) -> Record:
-    losses = [scalars["loss"] for scalars in logged]
+def _epoch_record(
+    logged: list[Scalars], epoch: int, schedule: optax.Schedule
+) -> Record:
     first_step = (epoch - 1) * len(logged)
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
+    for i, scalars in enumerate(logged):
+        if not math.isfinite(scalars.mean["loss"]):
             raise NonFiniteLossError(first_step + i, epoch)
+    means = jax.tree.map(lambda *x: np.mean(x), *(s.mean for s in logged))
     return {
         "epoch": epoch,
         "step": first_step + len(logged),
         "learning_rate": float(schedule(first_step + len(logged) - 1)),
-        **{f"train_{k}": float(v) for k, v in logged[-1].items()},
-        "train_loss": float(np.mean(losses)),
+        **{f"train_{k}": float(v) for k, v in (means | logged[-1].last).items()},
     }
 
 

@@ -41,7 +41,8 @@ def train(
     described = dataclasses.asdict(config) | {"seed": seed}
     name = f"{task.NAME}-{config.dataset}"
     with open_run_folder(run_dir, name, described, resume=False) as folder:
-        program = task.build(config)
+        with console.status("compiling"):
+            program = task.build(config)
         folder.start()
         records: list[Record] = []
         total = config.epochs * program.steps_per_epoch
