@@ -157,7 +157,7 @@ def make_program(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, data: Tree, order: jax.Array
-    ) -> tuple[TrainState, Tree]:
+    ) -> tuple[TrainState, Scalars]:
         rows = order[state.step % order.shape[0]]
         return train_step(state, jax.tree.map(lambda x: x[rows], data))
 
