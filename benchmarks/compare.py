@@ -1,7 +1,7 @@
 """A study: plain SGD and each technique, over the same seeds, and which of them helped.
 
-Each technique is held against a baseline without it. Random Gradient's has the settings
-of its paper; Step-Tuned SGD, an optimizer of its own, is held against SGD with momentum.
+Each technique is held against a baseline without it. Random Gradient's has the
+settings of its paper; Step-Tuned SGD, an optimizer of its own, meets SGD with momentum.
 Techniques that take two gradients in a step also meet SGD of twice the epochs.
 """
 
