@@ -57,13 +57,13 @@ _ROWS = "rows.jsonl"
 
 # Momentum, decay and schedule are those of the papers: SGD, Gradient Centralization and
 # PUGD share theirs, Random Gradient and Step-Tuned SGD have their own. Learning rates
-# were chosen on held-out training images, from the same four for every method, since
+# were chosen on held-out training images, from the same six for every method, since
 # the papers' are for other networks and data: see docs/digits.md.
 _SGD = OptimizerConfig(learning_rate=0.3)
 _RANDOM_GRADIENT = OptimizerConfig(
     learning_rate=1.0, momentum=0.5, weight_decay=1e-4, schedule="poly"
 )
-_STEP_TUNED = OptimizerConfig(learning_rate=1.0, momentum=0.0, schedule="robbins_monro")
+_STEP_TUNED = OptimizerConfig(learning_rate=3.0, momentum=0.0, schedule="robbins_monro")
 
 
 def _with(optimizer: OptimizerConfig, trick: str) -> OptimizerConfig:

@@ -408,6 +408,10 @@ OVERRIDES = {
         {"down": None, "up": UP, "heads": {"kernel": (0,), "bias": None}},
         PURE,
     ),
+    "prefix-of-a-state": (
+        {"down": None, "up": UP, "heads": {"kernel": (0,), "bias": None}},
+        STATE,
+    ),
     "function-of-a-state": (axes_by_path, STATE),
     "function-of-a-pure-dict": (axes_by_path, PURE),
     "function-to-a-prefix": (
@@ -438,6 +442,12 @@ def test_a_tuple_for_kernels_of_another_layout() -> None:
     assert_close(got, minus_means(by_path(grads), {"conv/kernel": (1, 2, 3)}))
 
 
+@pytest.mark.parametrize("axes", [(0,), {"kernel": (0,)}], ids=["tuple", "tree"])
+def test_a_single_weight_is_left_alone_whatever_is_given(axes: Any) -> None:
+    grads = {"kernel": jnp.arange(4.0)[None]}
+    assert_close(apply(centralize(axes), grads), grads)
+
+
 # --- Axes that do not fit -------------------------------------------------------------
 
 MISFITS = {
@@ -445,25 +455,35 @@ MISFITS = {
     "too-small": (-5,),
     "twice": (0, 0),
     "twice-by-another-name": (3, -1),
-    "list": [0, 1],
     "no-tuple": 0,
-    "no-integers": (0.0, 1.0),
     "text": "01",
 }
+
+
+def for_up_kernel(axes: Any) -> Callable[[Any], Any]:
+    return lambda grads: jax.tree_util.tree_map_with_path(
+        lambda path, g: axes if path[0].key == "up" and g.ndim == 4 else None, grads
+    )
 
 
 @pytest.mark.parametrize("axes", MISFITS.values(), ids=MISFITS)
 @pytest.mark.parametrize("grads", [PURE, STATE], ids=["pure-dict", "state"])
 def test_axes_that_do_not_fit_name_the_leaf(axes: Any, grads: Any) -> None:
-    given = lambda grads: jax.tree_util.tree_map_with_path(  # noqa: E731
-        lambda path, g: axes if path[0].key == "up" and g.ndim == 4 else None, grads
+    leaf = r"leaf 'up/kernel(/value)?' of shape \(2, 2, 2, 3\)"
+    message = rf"reduction_axes {re.escape(str(axes))} do not fit {leaf}.* -4 to 3"
+    with pytest.raises(ValueError, match=message):
+        apply(centralize(for_up_kernel(axes)), grads)
+
+
+# What is no tuple of integers is a part of the tree, in which this leaf is not found.
+@pytest.mark.parametrize("axes", [[0, 1], (0.0, 1.0), {"axes": (0,)}], ids=str)
+@pytest.mark.parametrize("grads", [PURE, STATE], ids=["pure-dict", "state"])
+def test_no_tuple_of_integers_names_the_leaf(axes: Any, grads: Any) -> None:
+    message = (
+        r"none for leaf 'up/kernel(/value)?' of shape \(2, 2, 2, 3\): give a tuple"
     )
-    with pytest.raises(
-        ValueError, match=r"up/kernel.* of shape \(2, 2, 2, 3\)"
-    ) as error:
-        apply(centralize(given), grads)
-    assert str(axes) in str(error.value)
-    assert "distinct axes from -4 to 3" in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        apply(centralize(for_up_kernel(axes)), grads)
 
 
 def test_one_tuple_that_does_not_fit_every_leaf_names_the_first() -> None:
@@ -473,10 +493,26 @@ def test_one_tuple_that_does_not_fit_every_leaf_names_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "tree",
-    [{"down": None}, {**PURE, "more": ()}, [(0, 1, 2)], {"down": (0,), "up": {}}],
-    ids=["too-few", "too-many", "another-kind", "no-kernel"],
+    ("tree", "leaf"),
+    [
+        ({"down": None, "heads": None}, "'up/bias' of shape (2,)"),
+        ([None, None, None], "'down/bias' of shape (3,)"),
+        (
+            {"down": None, "heads": None, "up": {"bias": ()}},
+            "'up/kernel' of shape (2, 2, 2, 3)",
+        ),
+        ({"down": None, "heads": None, "upp": UP}, "'up/bias' of shape (2,)"),
+    ],
+    ids=["a-layer-less", "another-container", "a-leaf-less", "misspelt"],
 )
-def test_a_tree_that_does_not_match_is_refused(tree: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape("reduction_axes must be a tree")):
+def test_a_tree_that_gives_none_for_a_leaf_names_it(tree: Any, leaf: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"none for leaf {leaf}")):
         apply(centralize(tree), PURE)
+
+
+def test_a_tree_may_have_axes_for_masked_leaves() -> None:
+    tree, _ = OVERRIDES["tree"]
+    mask = {"down": True, "up": True, "heads": False}
+    got = apply(optax.masked(centralize(tree), mask), PURE)
+    trained = {k: v for k, v in UP_AXES.items() if not k.startswith("heads")}
+    assert_close(got, minus_means(by_path(PURE), trained))
