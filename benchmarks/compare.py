@@ -249,6 +249,7 @@ def _run(
         ),
         "gradient_evaluations": epochs * program.steps_per_epoch * gradients,
         "failure": failure,
+        "environment": environment(),
         "curve": curve,
     }
 
@@ -366,11 +367,12 @@ def _write_results(
 ) -> None:
     text = f"{_markdown(summaries)}\n{conclusion(summaries, seeds)}\n"
     (folder.path / "table.md").write_text(text)
-    where = environment()
-    columns = ("method", "seed", "accuracy", "ms_per_step", "gradient_evaluations")
+    flat = [
+        {k: v for k, v in row.items() if k not in ("curve", "environment")}
+        | row["environment"]
+        for row in rows
+    ]
     with (folder.path / "rows.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, "failure", *where])
-        for row in rows:
-            values = [row[column] for column in (*columns, "failure")]
-            writer.writerow([*values, *where.values()])
+        writer = csv.DictWriter(file, list(flat[0]))
+        writer.writeheader()
+        writer.writerows(flat)

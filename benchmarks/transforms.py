@@ -40,8 +40,8 @@ class Subject:
       transform: the transformation.
       reference: the name of the subject whose time is 1.
       trees: the least reads and writes of an update, in trees of the parameters'
-        size: every input read once, every output written once, and of a second
-        gradient the point and the result written and read.
+        size: every input read once and every output written once, and where a second
+        gradient is not merged into the update, its point and itself both.
       grad_fn: what gives the second gradient, `quadratic` or `linear`.
     """
 
@@ -113,7 +113,7 @@ def _two_gradient_subjects(grad_fn: str) -> list[Subject]:
             name=f"{name}, {grad_fn}",
             transform=transform,
             reference=f"sam, {grad_fn}",
-            trees=9,
+            trees=9 if grad_fn == "linear" else 5,
             grad_fn=grad_fn,
         )
         for name, transform in transforms.items()
