@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a study needs no display
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def save_learning_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -38,8 +39,9 @@ def save_learning_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
             baseline = name.startswith("sgd")
             axes.plot(at, error, "--" if baseline else "-", lw=1.5, label=name)
         axes.set(xlabel=x.replace("_", " "), yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     all_axes[0].set_ylabel("error %, mean over seeds")
     handles, labels = all_axes[0].get_legend_handles_labels()

@@ -129,7 +129,7 @@ def _axes_per_leaf(
         entries = dict(jax.tree.leaves_with_path(reduction_axes, is_leaf=_is_axes))
         given = [_entry_for(entries, path, leaf) for path, leaf in paths_and_leaves]
     return [
-        _axes(axes, path, leaf) if leaf.ndim > 3 or not conv_only else ()
+        _axes(axes, path, leaf) if jnp.ndim(leaf) > 3 or not conv_only else ()
         for axes, (path, leaf) in zip(given, paths_and_leaves, strict=True)
     ]
 
@@ -140,17 +140,17 @@ def _axes(given: Axes | None, path: Path, leaf: jax.Array) -> Axes:
     elif _is_left_alone(path, leaf):
         axes = ()
     else:
-        attention = leaf.ndim == 3 and (
+        attention = jnp.ndim(leaf) == 3 and (
             _names(path) in [(name, "kernel") for name in ("query", "key", "value")]
         )
-        axes = (0,) if attention else tuple(range(leaf.ndim - 1))
+        axes = (0,) if attention else tuple(range(jnp.ndim(leaf) - 1))
     # Minus its own mean, a single entry would be zero and never train.
-    return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else ()
+    return axes if math.prod(jnp.shape(leaf)[axis] for axis in axes) > 1 else ()
 
 
 def _is_left_alone(path: Path, leaf: jax.Array) -> bool:
     _, name = _names(path)
-    return leaf.ndim < 2 or name in ("bias", "scale") or "embed" in name
+    return jnp.ndim(leaf) < 2 or name in ("bias", "scale") or "embed" in name
 
 
 def _names(path: Path) -> tuple[str, str]:
@@ -184,11 +184,11 @@ def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
 
 def _show(path: Path, leaf: jax.Array) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return f"'{name}' of shape {leaf.shape}"
+    return f"'{name}' of shape {jnp.shape(leaf)}"
 
 
 def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
-    n = leaf.ndim
+    n = jnp.ndim(leaf)
     valid = _is_axes(axes) and all(-n <= axis < n for axis in axes)
     if not valid or len({axis % n for axis in axes}) < len(axes):
         raise ValueError(

@@ -11,7 +11,7 @@ import optax
 
 def accumulator_dtype(*trees: Any) -> jnp.dtype:
     """The widest dtype among all leaves, and at least float32."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(trees)]
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees)]
     # The promotion is wanted, also where a caller forbids implicit ones.
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
@@ -20,14 +20,16 @@ def accumulator_dtype(*trees: Any) -> jnp.dtype:
 def map_in(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> Any:
     """Maps f over leaves cast to dtype; results get the dtype of the first tree's."""
     return jax.tree.map(
-        lambda x, *rest: f(*(y.astype(dtype) for y in (x, *rest))).astype(x.dtype),
+        lambda *x: f(*(jnp.asarray(y, dtype) for y in x)).astype(jnp.result_type(x[0])),
         *trees,
     )
 
 
 def sum_over(dtype: jnp.dtype, f: Callable[..., jax.Array], *trees: Any) -> jax.Array:
     """The sum of f over all entries of real trees, a scalar of dtype."""
-    terms = jax.tree.map(lambda *x: jnp.sum(f(*(y.astype(dtype) for y in x))), *trees)
+    terms = jax.tree.map(
+        lambda *x: jnp.sum(f(*(jnp.asarray(y, dtype) for y in x))), *trees
+    )
     return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
 
 

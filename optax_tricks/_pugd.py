@@ -56,7 +56,8 @@ def pugd(
     .. note::
       An update costs two gradients. Compare with other optimizers per gradient
       evaluation and per second too, not only per epoch. Steps do not shrink near a
-      minimum by themselves: let the learning rate decay.
+      minimum by themselves: let the learning rate decay. As in `optax.sgd`, a float32
+      array for a hyperparameter widens bfloat16 leaves; a Python number does not.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("momentum", momentum, "[0, 1)")

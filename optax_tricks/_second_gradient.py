@@ -24,7 +24,7 @@ def check_whole_real_tree(name: str, params: optax.Params) -> None:
         if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"{name} is defined for real parameters, but got a leaf of dtype "
-                f"{leaf.dtype}. Keep real and imaginary parts as separate leaves."
+                f"{jnp.result_type(leaf)}. Keep real and imaginary parts apart."
             )
 
 

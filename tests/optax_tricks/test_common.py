@@ -353,7 +353,7 @@ def test_strict_promotion(row: Row) -> None:
         assert_types_are_kept(row, params, grad_fn(params, 0))
 
 
-# pugd is left out: optax.trace widens with an array for its decay, as in optax.sgd.
+# pugd is left out: the members of optax behind it widen, as they do in optax.sgd.
 @parametrize([row for row in ROWS if row.id in SWEEPS and row.id != "pugd"])
 def test_hyperparameters_given_as_arrays_do_not_widen(row: Row) -> None:
     changes = {name: jnp.float32(values[0]) for name, values in SWEEPS[row.id].items()}
@@ -984,3 +984,13 @@ def test_convergence(row: Row, target: str) -> None:
     w = jax.lax.scan(step, (start, tx.init(start)), length=steps)[0][0]
     np.testing.assert_allclose(w, minimum, atol=SETTINGS[row.id][2] if valley else 1e-3)
     assert f(w) < 0.05 * f(start)
+
+
+@every_row
+def test_python_numbers_as_leaves(row: Row) -> None:
+    params = {"a": 1.0, "b": 2.0}
+    tx = row.build()
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params, grad_fn=lambda p, _: p)
+    assert all(jnp.isfinite(u) for u in jax.tree.leaves(updates))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
