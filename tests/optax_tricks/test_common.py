@@ -40,7 +40,7 @@ def grad_fn(params: Any, step: int) -> Any:
 
 
 def first_axis(grads: Any) -> Any:
-    return jax.tree.map(lambda g: (0,) if g.ndim > 1 else (), grads)
+    return jax.tree.map(lambda g: (0,) if jnp.ndim(g) > 1 else (), grads)
 
 
 class Row(NamedTuple):
