@@ -6,7 +6,7 @@ from tyro.extras import SubcommandApp
 
 from benchmarks.compare import compare
 from benchmarks.transforms import transforms
-from train.run_folder import RunFolderError
+from train.errors import UsageError
 
 app = SubcommandApp()
 app.command(compare)
@@ -17,7 +17,7 @@ def main() -> None:
     """Runs the command line; errors a user can mend are one line, without a trace."""
     try:
         app.cli(prog="python -m benchmarks", description="Measure what helps.")
-    except (RunFolderError, ValueError) as error:
+    except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -121,6 +121,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.seeds < 2:
             raise ValueError(f"seeds must be at least 2 to compare, got {self.seeds}")
+        self.task_config(METHODS[0])  # raises where a setting is out of its range
 
     def task_config(self, method: Method) -> ClassificationConfig:
         """What a method trains."""

@@ -24,6 +24,7 @@ from rich.table import Table
 import models
 import optax_tricks
 from benchmarks.timing import Ratio, interleave, ratio
+from train.errors import UsageError
 from train.gradients import batch_gradients, split
 from train.run_folder import RunFolder, environment, open_run_folder
 
@@ -313,7 +314,7 @@ def transforms(
       run_dir: folder for the results; a new one under runs/ if unset.
     """
     if rounds < 1 or batch_size < 1:
-        raise ValueError(
+        raise UsageError(
             f"rounds and batch size must be at least 1, got {rounds} and {batch_size}"
         )
     console = Console()

@@ -97,6 +97,7 @@ def scale_by_random(
         next_key, factor_key, choice_key = jax.random.split(state.random_key, 3)
         low, high = jnp.float32(minval), jnp.float32(maxval)
         factor = low + (high - low) * jax.random.uniform(factor_key, (), jnp.float32)
+        factor = jnp.minimum(factor, jnp.nextafter(high, low))  # rounding may reach it
         scaled = jax.random.uniform(choice_key, (), jnp.float32) < probability
         factor = jnp.where(scaled, factor, jnp.float32(1.0))
 

@@ -8,7 +8,8 @@ import tyro
 from rich.console import Console
 from tyro.extras import SubcommandApp
 
-from train.run_folder import RunFolderError
+from train.errors import UsageError
+from train.loop import NonFiniteLossError
 from train.tasks.classification import ClassificationConfig
 
 app = SubcommandApp()
@@ -46,7 +47,7 @@ def main() -> None:
     """Runs the command line; errors a user can mend are one line, without a trace."""
     try:
         app.cli(prog="python -m train", description="Train networks with the tricks.")
-    except (RunFolderError, ValueError, ArithmeticError) as error:
+    except (UsageError, NonFiniteLossError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from train.errors import UsageError
 from train.gradients import batch_gradients, split
 from train.optimizers import (
     OptimizerConfig,
@@ -129,11 +130,11 @@ def make_program(
       epochs: passes over the training examples, for the schedule.
 
     Raises:
-      ValueError: if a batch is larger than the training split.
+      UsageError: if a batch is larger than the training split.
     """
     num_train = _num_examples(train)
     if not 0 < batch_size <= num_train:
-        raise ValueError(
+        raise UsageError(
             f"batch size {batch_size} must be from 1 to the {num_train} training "
             "examples"
         )

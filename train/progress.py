@@ -1,5 +1,6 @@
 """Progress with time left: a bar on a terminal, plain lines elsewhere."""
 
+import abc
 import contextlib
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rich.progress import (
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Reporter:
+class Reporter(abc.ABC):
     """Counts steps and shows what is known of them.
 
     Attributes:
@@ -40,8 +41,8 @@ class Reporter:
         self.text = text
         self._show()
 
-    def _show(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _show(self) -> None: ...
 
 
 class _Bar(Reporter):

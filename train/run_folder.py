@@ -14,11 +14,13 @@ from typing import Any
 import filelock
 import jax
 
+from train.errors import UsageError
+
 _CONFIG = "config.json"
 
 
-class RunFolderError(Exception):
-    """The folder cannot be used; the message says what to do."""
+class RunFolderError(UsageError):
+    """The folder cannot be used."""
 
 
 class RunFolder:
@@ -114,12 +116,10 @@ def open_run_folder(
     """
     config = json.loads(json.dumps(config, default=str))
     path = path or _new_path(name)
+    lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock", timeout=0)
-        with lock:
-            _check_contents(path, config, resume)
-            yield RunFolder(path, config)
+        lock.acquire()
     except filelock.Timeout:
         raise RunFolderError(
             f"run folder {path} is in use by another process: wait for it, or choose "
@@ -129,6 +129,11 @@ def open_run_folder(
         raise RunFolderError(
             f"cannot write to run folder {path} ({error}): choose another --run-dir"
         ) from error
+    try:
+        _check_contents(path, config, resume)
+        yield RunFolder(path, config)
+    finally:
+        lock.release()
 
 
 def _new_path(name: str) -> Path:

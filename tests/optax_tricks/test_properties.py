@@ -633,3 +633,12 @@ def test_non_finite_gradients_stay_visible(name, value):
             pairs.append((fine, bad))
         for g, h in pairs:
             assert not np.isfinite(update(g, h)[0]).all()
+
+
+def test_random_factor_stays_below_its_upper_limit_when_rounded(monkeypatch):
+    # 1 + (2 - 1) * (1 - 2**-24) is 2 in float32, once in sixteen million draws.
+    largest = jnp.float32(1 - 2**-24)
+    monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: largest)
+    tx = tricks.scale_by_random(0, minval=1.0, maxval=2.0)
+    _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    assert state.random_factor < 2
