@@ -2,7 +2,7 @@
 
 Times are ratios to a reference in the same round. Beside them stand the bytes that
 the compiled update moves, by XLA's own count, against the least that any
-implementation must move, and the share of the machine's copying speed that is.
+implementation must move; a plain copy shows what the machine's memory gives.
 """
 
 import csv

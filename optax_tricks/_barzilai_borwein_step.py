@@ -111,9 +111,10 @@ def barzilai_borwein_step(
       Members in front of this one change only the first gradient; to transform both
       (L2 regularisation, say), apply them inside ``grad_fn`` as well. A non-finite
       gradient leaves the factor NaN for good: wrap the chain in
-      `optax.apply_if_finite` to skip such steps. `optax.MultiSteps` would call
-      ``grad_fn`` on every mini-step and use one result; accumulate inside
-      ``grad_fn`` instead.
+      `optax.apply_if_finite` to skip such steps. Squares are accumulated in float32
+      (float64 for float64 leaves), which holds norms from about 1e-19 to 1e19.
+      `optax.MultiSteps` would call ``grad_fn`` on every mini-step and use one result;
+      accumulate inside ``grad_fn`` instead.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")

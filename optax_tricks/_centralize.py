@@ -47,10 +47,11 @@ def centralize(
 
     Where the tree cannot tell, the rule for a ``kernel`` applies and may be wrong:
     LinearGeneral with several output axes (its output axes but the last are averaged
-    too), Einsum, ConvTranspose with ``transpose_kernel=True`` (in and out are
-    swapped: give ``(0, 1, 3)``), and layers stacked along a leading axis by scan or
-    vmap. Say the axes for those, as in the second example. PyTorch's layout (out, in,
-    ...), which Equinox shares, needs ``(1, ..., ndim - 1)`` everywhere.
+    too), Einsum, a one-dimensional Conv called query, key or value, ConvTranspose with
+    ``transpose_kernel=True`` (in and out are swapped: give ``(0, 1, 3)``), and layers
+    stacked along a leading axis by scan or vmap. Say the axes for those, as in the
+    second example. PyTorch's layout (out, in, ...), which Equinox shares, needs
+    ``(1, ..., ndim - 1)`` everywhere.
 
     The place in the chain is part of the method. L2 regularisation goes inside the
     projection (``add_decayed_weights`` before this member), decoupled decay stays
@@ -63,7 +64,7 @@ def centralize(
         dimension still are); a tree, or a prefix of one, with a tuple to take
         literally, ``()`` to leave alone, or None for the rules above; or a function
         from the gradient, which has the tree and shapes of the parameters, to one of
-        these.
+        these. Entries of a tree without a leaf are ignored, as masks need it.
       conv_only: take convolutions of two or more dimensions only, that is leaves with
         more than three, as the paper does on CIFAR-100.
 
@@ -202,5 +203,6 @@ def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
 def _subtract_mean(g: jax.Array, axes: Axes) -> jax.Array:
     if not axes:
         return g
-    wide = g.astype(accumulator_dtype(g))
-    return (wide - jnp.mean(wide, axis=axes, keepdims=True)).astype(g.dtype)
+    wide = jnp.asarray(g, accumulator_dtype(g))
+    mean = jnp.mean(wide, axis=axes, keepdims=True)
+    return (wide - mean).astype(jnp.result_type(g))

@@ -55,8 +55,8 @@ def scale_by_random(
       keep their dtype; every leaf gets the same factor.
 
     Raises:
-      ValueError: if minval > maxval, if probability is outside [0, 1], or if key is
-        an array of several keys.
+      ValueError: if minval > maxval or one is not finite, if probability is outside
+        [0, 1], or if key is an array of several keys.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -79,6 +79,8 @@ def scale_by_random(
       part or all of the scaling.
     """
     check_ordered("minval", minval, "maxval", maxval)
+    check_in("minval", minval, "(-inf, inf)")
+    check_in("maxval", maxval, "(-inf, inf)")
     check_in("probability", probability, "[0, 1]")
 
     def init_fn(params: optax.Params) -> ScaleByRandomState:

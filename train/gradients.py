@@ -73,7 +73,7 @@ def batch_gradients(
       >>> tx = optax_tricks.pugd(0.1)
       >>> updates, _ = tx.update(
       ...     out.grads, tx.init(params), params, grad_fn=out.grad_fn)
-      >>> print(f"{optax.global_norm(updates):.3f}")
+      >>> print(f"{optax.tree.norm(updates):.3f}")
       0.100
     """
 

@@ -145,11 +145,11 @@ def make_program(
 
     # Not jitted: run by itself it compiles small pieces that all runs share.
     def init(key: jax.Array) -> TrainState:
-        model_key, trick_key, run_key = jax.random.split(key, 3)
-        _, params, model_state = split(task.create_model(nnx.Rngs(model_key)))
-        tx = make_optimizer(config, total_steps, trick_key)
+        keys = _split_keys(key)
+        _, params, model_state = split(task.create_model(nnx.Rngs(keys.model)))
+        tx = make_optimizer(config, total_steps, keys.trick)
         opt_state = tx.init(params)
-        return TrainState(params, model_state, opt_state, jnp.int32(0), run_key)
+        return TrainState(params, model_state, opt_state, jnp.int32(0), keys.steps)
 
     # The key of a random trick is read by `init` only.
     tx = make_optimizer(config, total_steps, jax.random.key(0))
@@ -236,7 +236,7 @@ def fit(
       NonFiniteLossError: after the epoch in which the loss became NaN or infinite.
     """
     state = program.init(key)
-    order_key = jax.random.fold_in(key, 1)
+    order_key = _split_keys(key).order
     num_train, steps = _num_examples(program.data), program.steps_per_epoch
     for epoch in range(1, epochs + 1):
         order = epoch_order(order_key, epoch, num_train, program.batch_size)
@@ -255,6 +255,20 @@ def fit(
             | {"seconds": seconds}
         )
     return state
+
+
+class _Keys(NamedTuple):
+    """What the key of a run is split into, in one place so that none is used twice."""
+
+    model: jax.Array
+    order: jax.Array
+    trick: jax.Array
+    steps: jax.Array
+
+
+def _split_keys(key: jax.Array) -> _Keys:
+    model_key, order_key, rest = jax.random.split(key, 3)
+    return _Keys(model_key, order_key, *jax.random.split(rest))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -277,6 +291,8 @@ def _epoch_record(
     for i, scalars in enumerate(logged):
         if not math.isfinite(scalars.mean["loss"]):
             raise NonFiniteLossError(first_step + i, epoch)
+    if not math.isfinite(logged[-1].last["parameter_norm"]):
+        raise NonFiniteLossError(first_step + len(logged), epoch)
     means = jax.tree.map(lambda *x: np.mean(x), *(s.mean for s in logged))
     return {
         "epoch": epoch,

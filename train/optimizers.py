@@ -100,8 +100,8 @@ def make_optimizer(
     """The chain: two-gradient trick, random, weight decay, centralize, momentum, rate.
 
     So Random Gradient and PUGD leave the decay alone and Gradient Centralization
-    projects it too, as in their papers. Step-Tuned SGD minimises the regularised loss,
-    so the decay is part of both its gradients.
+    projects it too, as in their papers. Step-Tuned SGD minimises the regularised loss:
+    there the decay is part of both gradients, and of what follows.
     """
     schedule = make_schedule(config, total_steps)
     decay = optax.add_decayed_weights(config.weight_decay)

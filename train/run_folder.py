@@ -61,8 +61,10 @@ class RunFolder:
         return records
 
     def write(self, name: str, content: Any) -> None:
-        """Writes one JSON file."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        """Writes one JSON file, whole or not at all."""
+        partial = self.path / f"{name}.part"
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(self.path / name)
 
 
 def environment() -> dict[str, Any]:
@@ -144,7 +146,12 @@ def _new_path(name: str) -> Path:
 def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
     written = path / _CONFIG
     if written.exists():
-        found = json.loads(written.read_text())["config"]
+        try:
+            found = json.loads(written.read_text())["config"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{written} is not that of a run: choose another --run-dir"
+            ) from None
         if found != config:
             differences = _differences(found, config)
             raise RunFolderError(
@@ -156,7 +163,7 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
                 f"run folder {path} holds this run already: choose another --run-dir, "
                 "or remove the folder to run again"
             )
-    elif any(child.name != ".lock" for child in path.iterdir()):
+    elif {child.name for child in path.iterdir()} - {".lock", f"{_CONFIG}.part"}:
         raise RunFolderError(
             f"run folder {path} holds files of something else: choose another --run-dir"
         )

@@ -65,6 +65,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_config_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with (
+        pytest.raises(RunFolderError, match=r"config.json is not that of a run"),
+        open_folder(tmp_path),
+    ):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (
