@@ -271,6 +271,7 @@ def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
 
 
 def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
+    transform = optax.with_extra_args_support(transform)
     model = models.create("resnet20", num_classes=10, rngs=nnx.Rngs(0))
     graphdef, params, model_state = split(model)
     images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
@@ -285,9 +286,8 @@ def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
     def step(state: Tree, batch: Tree) -> Tree:
         params, model_state, opt_state = state
         out = batch_gradients(loss, graphdef, params, model_state, batch)
-        keywords = {"grad_fn": out.grad_fn}
-        updates, opt_state = optax.with_extra_args_support(transform).update(
-            out.grads, opt_state, params, **keywords
+        updates, opt_state = transform.update(
+            out.grads, opt_state, params, grad_fn=out.grad_fn
         )
         return optax.apply_updates(params, updates), out.model_state, opt_state
 

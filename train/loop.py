@@ -272,7 +272,9 @@ def _split_keys(key: jax.Array) -> _Keys:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def epoch_order(key: jax.Array, epoch: int, num_examples: int, batch_size: int):
+def epoch_order(
+    key: jax.Array, epoch: int, num_examples: int, batch_size: int
+) -> jax.Array:
     """A random order of examples for an epoch, int32 (steps, batch_size)."""
     steps = num_examples // batch_size
     order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)

@@ -146,8 +146,8 @@ def trick_scalars(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """The scalars that the tricks keep for whoever wants to plot them."""
     fields = (
         "random_factor",
-        *(f for f in optax_tricks.PerturbedUnitStepState._fields),
-        *(f for f in optax_tricks.BarzilaiBorweinStepState._fields),
+        *optax_tricks.PerturbedUnitStepState._fields,
+        *optax_tricks.BarzilaiBorweinStepState._fields,
     )
     found = {field: optax.tree.get(opt_state, field) for field in fields}
     return {k: v for k, v in found.items() if isinstance(v, jax.Array) and v.ndim == 0}
