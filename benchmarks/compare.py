@@ -24,12 +24,13 @@ from rich.table import Table
 from benchmarks.figures import save_learning_curves
 from benchmarks.statistics import Interval, paired_interval
 from train import data
+from train.data.config import DataConfig
 from train.loop import NonFiniteLossError, Program, Record, fit
 from train.optimizers import OptimizerConfig
-from train.progress import Reporter, progress
+from train.progress import Reporter, shown_on
 from train.run_folder import RunFolder, environment, open_run_folder
 from train.tasks import classification
-from train.tasks.classification import ClassificationConfig, DatasetName, ModelName
+from train.tasks.classification import ClassificationConfig, ModelName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +108,8 @@ METHODS = (
 class CompareConfig:
     """Train plain SGD and each technique over the same seeds."""
 
-    dataset: DatasetName = "digits"
-    """Images to train on."""
+    dataset: str = "digits"
+    """Name of a prepared dataset; `python -m train.data list` shows them."""
     model: ModelName = "resnet8"
     """Network to train."""
     epochs: int = 15
@@ -133,11 +134,10 @@ class CompareConfig:
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=self.learning_rate)
         return ClassificationConfig(
-            dataset=self.dataset,
+            data=DataConfig(dataset=self.dataset, evaluate_on=self.evaluate_on),
             model=self.model,
             epochs=self.epochs * method.epochs_factor,
             batch_size=self.batch_size,
-            evaluate_on=self.evaluate_on,
             optimizer=optimizer,
         )
 
@@ -190,7 +190,7 @@ def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> 
                 programs[method.name] = classification.build(config.task_config(method))
     folder.start()
     total = sum(_num_steps(config, programs, method) for _, method in missing)
-    with progress(total, console) as reporter:
+    with shown_on(console)("", total) as reporter:
         # Seeds outside, methods inside: a slow minute of the machine hits them all.
         for seed, method in missing:
             text = f"seed {seed + 1}/{config.seeds}, {method.name}"
@@ -202,7 +202,7 @@ def _num_steps(
     config: CompareConfig, programs: dict[str, Program], method: Method
 ) -> int:
     epochs = config.epochs * method.epochs_factor
-    return epochs * programs[method.name].steps_per_epoch
+    return programs[method.name].steps_before(epochs)
 
 
 def _run(
@@ -248,11 +248,11 @@ def _run(
         "seed": seed,
         "accuracy": accuracy,
         "ms_per_step": (
-            1000 * statistics.median(epoch_seconds) / program.steps_per_epoch
+            1000 * statistics.median(epoch_seconds) / program.steps_before(1)
             if epoch_seconds
             else None
         ),
-        "gradient_evaluations": epochs * program.steps_per_epoch * gradients,
+        "gradient_evaluations": program.steps_before(epochs) * gradients,
         "failure": failure,
         "environment": environment(),
         "curve": curve,

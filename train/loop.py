@@ -1,10 +1,13 @@
 """The training loop that all tasks share; it knows none of them.
 
-Data lie on the device. One jitted call gathers a batch, trains on it and returns the
-next state, so that nothing but the call itself happens on the host in a step.
+An input feeds the step (`train.data.inputs`). One jitted call makes the batch, trains
+on it and returns the next state, so that with data on the device nothing but the call
+itself happens on the host in a step.
 """
 
+import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from train.errors import UsageError
+from train.data.inputs import Input, Sequential, Shuffled
 from train.gradients import batch_gradients, split
 from train.optimizers import (
     OptimizerConfig,
@@ -32,6 +35,9 @@ Record = dict[str, float]
 # Steps that may be in flight: many more deadlock on simulated CPU devices, and a
 # progress bar would run ahead of the work.
 _STEPS_IN_FLIGHT = 32
+
+# Evaluation keeps nothing for a backward pass.
+_EVALUATION_FACTOR = 4
 
 
 class Task(Protocol):
@@ -88,34 +94,31 @@ class Program(NamedTuple):
 
     Attributes:
       init: key -> the first state.
-      step: (state, data, order) -> (state, scalars); the state is donated.
+      step: (state, feed) -> (state, scalars); the state is donated.
       evaluate: state -> metrics over the whole evaluation split.
-      data: the training split on the device.
+      feeds: (key, first step) -> what each step takes, without end.
+      steps_before: number of steps in the first epochs.
       batch_size: examples in a step.
       schedule: the learning rate over steps.
       compile_seconds: time to trace and compile the step.
     """
 
     init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Scalars]]
+    step: Callable[[TrainState, Tree], tuple[TrainState, Scalars]]
     evaluate: Callable[[TrainState], Record]
-    data: Tree
+    feeds: Callable[[jax.Array, int], Iterator[Tree]]
+    steps_before: Callable[[int], int]
     batch_size: int
     schedule: optax.Schedule
     compile_seconds: float
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in the training split; what remains is left to other epochs."""
-        return _num_examples(self.data) // self.batch_size
 
 
 def make_program(
     task: Task,
     config: OptimizerConfig,
     *,
-    train: Tree,
-    test: Tree,
+    train: Input,
+    test: Input,
     batch_size: int,
     epochs: int,
 ) -> Program:
@@ -124,22 +127,21 @@ def make_program(
     Args:
       task: what is trained.
       config: by what it is trained.
-      train: arrays of training examples, of equal length.
-      test: arrays of evaluation examples, of equal length.
+      train: training examples.
+      test: evaluation examples.
       batch_size: examples in a step.
       epochs: passes over the training examples, for the schedule.
 
     Raises:
       UsageError: if a batch is larger than the training split.
     """
-    num_train = _num_examples(train)
-    if not 0 < batch_size <= num_train:
-        raise UsageError(
-            f"batch size {batch_size} must be from 1 to the {num_train} training "
-            "examples"
-        )
-    total_steps = epochs * (num_train // batch_size)
-    train, test = jax.device_put((train, test))
+
+    def order_of(key: jax.Array) -> Shuffled:
+        seed = tuple(np.asarray(jax.random.key_data(key)).tolist())
+        return Shuffled(seed, train.num_examples, batch_size)
+
+    order = order_of(jax.random.key(0))  # its steps are those of every key
+    total_steps = order.steps_before(epochs)
     # The definition is the same for every key and holds no arrays.
     graphdef, _, _ = split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0))))
 
@@ -156,23 +158,18 @@ def make_program(
     train_step = make_train_step(task, graphdef, tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(
-        state: TrainState, data: Tree, order: jax.Array
-    ) -> tuple[TrainState, Scalars]:
-        rows = order[state.step % order.shape[0]]
-        return train_step(state, jax.tree.map(lambda x: x[rows], data))
+    def step(state: TrainState, feed: Tree) -> tuple[TrainState, Scalars]:
+        return train_step(state, train.batch(feed, state.step))
 
     start = time.perf_counter()
     abstract_state = jax.eval_shape(init, jax.random.key(0))
-    abstract_order = jax.eval_shape(
-        lambda: epoch_order(jax.random.key(0), 0, num_train, batch_size)
-    )
-    compiled = step.lower(abstract_state, train, abstract_order).compile()
+    compiled = step.lower(abstract_state, train.feed_shapes(order)).compile()
     return Program(
         init=init,
         step=compiled,
-        evaluate=functools.partial(_evaluate, _make_eval_step(task, graphdef), test),
-        data=train,
+        evaluate=_make_evaluate(task, graphdef, test, _EVALUATION_FACTOR * batch_size),
+        feeds=lambda key, first_step: train.feeds(order_of(key), first_step),
+        steps_before=order.steps_before,
         batch_size=batch_size,
         schedule=make_schedule(config, total_steps),
         compile_seconds=time.perf_counter() - start,
@@ -236,24 +233,23 @@ def fit(
       NonFiniteLossError: after the epoch in which the loss became NaN or infinite.
     """
     state = program.init(key)
-    order_key = _split_keys(key).order
-    num_train, steps = _num_examples(program.data), program.steps_per_epoch
-    for epoch in range(1, epochs + 1):
-        order = epoch_order(order_key, epoch, num_train, program.batch_size)
-        jax.block_until_ready(order)
-        start, logged = time.perf_counter(), []
-        for flight in _flights(steps):
-            for _ in range(flight):
-                state, scalars = program.step(state, program.data, order)
-                logged.append(scalars)
-            jax.block_until_ready(logged[-1])
-            on_steps(flight)
-        seconds = time.perf_counter() - start
-        on_epoch(
-            _epoch_record(jax.device_get(logged), epoch, program.schedule)
-            | program.evaluate(state)
-            | {"seconds": seconds}
-        )
+    with contextlib.closing(program.feeds(_split_keys(key).order, 0)) as feeds:
+        for epoch in range(1, epochs + 1):
+            first_step = program.steps_before(epoch - 1)
+            start, logged = time.perf_counter(), []
+            for flight in _flights(program.steps_before(epoch) - first_step):
+                for _ in range(flight):
+                    state, scalars = program.step(state, next(feeds))
+                    logged.append(scalars)
+                jax.block_until_ready(logged[-1])
+                on_steps(flight)
+            seconds = time.perf_counter() - start
+            logged = jax.device_get(logged)
+            on_epoch(
+                _epoch_record(logged, epoch, first_step, program.schedule)
+                | program.evaluate(state)
+                | {"seconds": seconds}
+            )
     return state
 
 
@@ -271,25 +267,14 @@ def _split_keys(key: jax.Array) -> _Keys:
     return _Keys(model_key, order_key, *jax.random.split(rest))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def epoch_order(
-    key: jax.Array, epoch: int, num_examples: int, batch_size: int
-) -> jax.Array:
-    """A random order of examples for an epoch, int32 (steps, batch_size)."""
-    steps = num_examples // batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-    return order[: steps * batch_size].reshape(steps, batch_size)
-
-
 def _flights(steps: int) -> Iterator[int]:
     for start in range(0, steps, _STEPS_IN_FLIGHT):
         yield min(_STEPS_IN_FLIGHT, steps - start)
 
 
 def _epoch_record(
-    logged: list[Scalars], epoch: int, schedule: optax.Schedule
+    logged: list[Scalars], epoch: int, first_step: int, schedule: optax.Schedule
 ) -> Record:
-    first_step = (epoch - 1) * len(logged)
     for i, scalars in enumerate(logged):
         if not math.isfinite(scalars.mean["loss"]):
             raise NonFiniteLossError(first_step + i, epoch)
@@ -304,37 +289,28 @@ def _epoch_record(
     }
 
 
-def _make_eval_step(task: Task, graphdef: nnx.GraphDef) -> Callable[..., Metrics]:
+def _make_evaluate(
+    task: Task, graphdef: nnx.GraphDef, test: Input, batch_size: int
+) -> Callable[[TrainState], Record]:
+    order = Sequential(test.num_examples, min(batch_size, test.num_examples))
+    steps = zip(itertools.count(), test.feeds(order))  # goes on where it stopped
+
     @jax.jit
-    def eval_step(params: Tree, model_state: Tree, data: Tree, rows: jax.Array):
+    def eval_step(params: Tree, model_state: Tree, feed: Tree, step: int) -> Metrics:
         model = nnx.view(
             nnx.merge(graphdef, params, model_state, copy=True),
             raise_if_not_found=False,  # a network may have neither
             deterministic=True,
             use_running_average=True,
         )
-        # Rows below 0 only fill up the last batch.
-        batch = jax.tree.map(lambda x: x[rows], data)
-        return task.evaluate(model, batch | {"weight": (rows >= 0).astype(jnp.float32)})
+        return task.evaluate(model, test.batch(feed, step))
 
-    return eval_step
+    def evaluate(state: TrainState) -> Record:
+        totals = [
+            eval_step(state.params, state.model_state, feed, step)
+            for step, feed in itertools.islice(steps, order.steps_before(1))
+        ]
+        sums = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(totals))
+        return {f"test_{name}": total / count for name, (total, count) in sums.items()}
 
-
-def _evaluate(
-    eval_step: Callable[..., Metrics], data: Tree, state: TrainState, batch_size=1024
-) -> Record:
-    num_examples = _num_examples(data)
-    batch_size = min(batch_size, num_examples)
-    num_batches = math.ceil(num_examples / batch_size)
-    rows = np.full(num_batches * batch_size, -1, np.int32)
-    rows[:num_examples] = np.arange(num_examples)
-    totals = [
-        eval_step(state.params, state.model_state, data, batch_rows)
-        for batch_rows in rows.reshape(num_batches, batch_size)
-    ]
-    sums = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(totals))
-    return {f"test_{name}": total / count for name, (total, count) in sums.items()}
-
-
-def _num_examples(data: Tree) -> int:
-    return len(jax.tree.leaves(data)[0])
+    return evaluate

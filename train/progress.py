@@ -1,37 +1,37 @@
 """Progress with time left: a bar on a terminal, plain lines elsewhere."""
 
-import abc
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Reporter(abc.ABC):
-    """Counts steps and shows what is known of them.
+class Reporter:
+    """Counts steps; this one tells nobody.
 
     Attributes:
       done: steps so far.
       text: what to show beside them.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, text: str, total: int):
+        self.text = text
         self.total = total
         self.done = 0
-        self.text = ""
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int = 1) -> None:
         """Counts steps."""
         self.done += steps
         self._show()
@@ -41,23 +41,27 @@ class Reporter(abc.ABC):
         self.text = text
         self._show()
 
-    @abc.abstractmethod
-    def _show(self) -> None: ...
+    def _show(self) -> None:
+        pass
+
+
+Progress: TypeAlias = Callable[[str, int], contextlib.AbstractContextManager[Reporter]]
+"""What long work is given to show how far it is: (text, total) -> Reporter."""
 
 
 class _Bar(Reporter):
-    def __init__(self, total: int, progress: Progress):
-        super().__init__(total)
+    def __init__(self, text: str, total: int, progress: RichProgress):
+        super().__init__(text, total)
         self._progress = progress
-        self._task = progress.add_task("", total=total)
+        self._task = progress.add_task(text, total=total)
 
     def _show(self) -> None:
         self._progress.update(self._task, completed=self.done, description=self.text)
 
 
 class _Lines(Reporter):
-    def __init__(self, total: int, console: Console):
-        super().__init__(total)
+    def __init__(self, text: str, total: int, console: Console):
+        super().__init__(text, total)
         self._console = console
         self._start = self._last = time.monotonic()
 
@@ -68,25 +72,35 @@ class _Lines(Reporter):
         self._last = now
         left = (now - self._start) / self.done * (self.total - self.done)
         self._console.print(
-            f"step {self.done}/{self.total}, {left:.0f} s left: {self.text}",
+            f"{self.done:,}/{self.total:,}, {left:.0f} s left: {self.text}",
             highlight=False,
             soft_wrap=True,
         )
 
 
 @contextlib.contextmanager
-def progress(total: int, console: Console) -> Iterator[Reporter]:
-    """Shows progress over `total` steps while its block runs."""
-    if not console.is_terminal:
-        yield _Lines(total, console)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield _Bar(total, bar)
+def silent(text: str, total: int) -> Iterator[Reporter]:
+    """Shows nothing."""
+    yield Reporter(text, total)
+
+
+def shown_on(console: Console) -> Progress:
+    """Shows progress on a console."""
+
+    @contextlib.contextmanager
+    def progress(text: str, total: int) -> Iterator[Reporter]:
+        if not console.is_terminal:
+            yield _Lines(text, total, console)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=console, transient=True) as bar:
+            yield _Bar(text, total, bar)
+
+    return progress

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from train.figures import save_curves
 from train.loop import Record, fit
-from train.progress import progress
+from train.progress import shown_on
 from train.run_folder import open_run_folder
 
 
@@ -39,24 +39,25 @@ def train(
       NonFiniteLossError: if the loss stops being a number.
     """
     described = dataclasses.asdict(config) | {"seed": seed}
-    name = f"{task.NAME}-{config.dataset}"
+    name = f"{task.NAME}-{config.data.dataset}"
     with open_run_folder(run_dir, name, described, resume=False) as folder:
-        with console.status("compiling"):
-            program = task.build(config)
+        program = task.build(config, progress=shown_on(console))
         folder.start()
         records: list[Record] = []
-        total = config.epochs * program.steps_per_epoch
-        with progress(total, console) as reporter:
+        total = program.steps_before(config.epochs)
+        with shown_on(console)("", total) as reporter:
 
             def on_epoch(record: Record) -> None:
                 records.append(record)
                 folder.append("metrics.jsonl", record)
-                speed = program.steps_per_epoch * program.batch_size
+                epoch = int(record["epoch"])
+                steps = program.steps_before(epoch) - program.steps_before(epoch - 1)
+                speed = steps * program.batch_size / record["seconds"]
                 reporter.describe(
-                    f"epoch {record['epoch']}/{config.epochs} "
+                    f"epoch {epoch}/{config.epochs} "
                     f"loss {record['train_loss']:.4f} "
                     f"{task.METRIC} {record[f'test_{task.METRIC}']:.4f} "
-                    f"{speed / record['seconds']:,.0f} images/s"
+                    f"{speed:,.0f} images/s"
                 )
 
             fit(
@@ -78,8 +79,9 @@ def train(
         )
         save_curves(records, task.METRIC, folder.path / "curves.png")
         last = records[-1]
+        score = last[f"test_{task.METRIC}"]
         console.print(
-            f"{config.evaluate_on} {task.METRIC} {last[f'test_{task.METRIC}']:.4f}, "
+            f"{config.data.evaluate_on} {task.METRIC} {score:.4f}, "
             f"loss {last['test_loss']:.4f} after {total} steps in {seconds:.1f} s "
             f"(compiled in {program.compile_seconds:.1f} s); written to {folder.path}",
             highlight=False,

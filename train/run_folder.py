@@ -140,7 +140,7 @@ def open_run_folder(
 
 def _new_path(name: str) -> Path:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    return Path("runs") / f"{name}-{now}"
+    return Path("runs") / f"{name.replace('/', '-')}-{now}"
 
 
 def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:

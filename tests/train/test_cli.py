@@ -34,6 +34,7 @@ def test_a_run_leaves_its_folder(tmp_path):
     assert str(folder.relative_to(tmp_path)) in result.stdout
 
     config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["data"]["dataset"] == "digits"
     assert config["config"]["optimizer"]["tricks"] == ["centralize", "random"]
     assert config["config"]["seed"] == 0
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -51,7 +52,9 @@ def test_a_run_leaves_its_folder(tmp_path):
     ("arguments", "message"),
     [
         (("--tricks", "rndom"), "unknown trick 'rndom'; known: random"),
-        (("--dataset", "digit"), "invalid choice 'digit' for argument '--dataset'"),
+        (("--augment", "mirrored"), "unknown augmentation 'mirrored'; known: pad_crop"),
+        (("--image-size", "0x3"), "'0x3' is no size: write 224, or 360x480"),
+        (("--input", "disk"), "invalid choice 'disk' for argument '--input'"),
         (("--model", "resnet9"), "resnet110"),
         (("--learning-rate", "-1"), "learning rate must be above 0, got -1.0"),
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
@@ -75,6 +78,34 @@ def test_help_and_list_of_tricks(monkeypatch, capsys):
         assert flag in text
     run(monkeypatch, "tricks")
     assert "perturbed_unit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--dataset", "digit"),
+            "unknown dataset 'digit'; known: digits, digit_scenes",
+        ),
+        (("--dataset", "digit_scenes"), "for segmentation and translation, not for"),
+        (("--dataset", "camvid"), "python -m train.data prepare camvid --source PATH"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "classification", "--run-dir", tmp_path / "run", *arguments)
+
+
+@pytest.mark.slow
+def test_a_stream_trains_to_the_same_numbers(monkeypatch, tmp_path):
+    losses = []
+    for way in ("resident", "stream"):
+        folder = tmp_path / way
+        arguments = ("--epochs", 1, "--input", way, "--workers", 0, "--batch-size", 64)
+        arguments += ("--augment", "pad_crop,mirror,color_jitter,cutout")
+        run(monkeypatch, "classification", *arguments, "--run-dir", folder)
+        losses.append(json.loads((folder / "summary.json").read_text())["train_loss"])
+    assert losses[0] == losses[1]
 
 
 def test_an_unwritable_folder_fails_before_training(monkeypatch, tmp_path):

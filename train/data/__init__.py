@@ -1,30 +1,31 @@
-"""Datasets, loaded by name as arrays that fit on the device.
+"""Datasets: prepared once from real files, then read without TensorFlow.
 
 >>> from train import data
 >>> digits = data.load("digits")
->>> digits.train["image"].shape, digits.test["image"].shape, digits.num_classes
-((1000, 8, 8, 1), (797, 8, 8, 1), 10)
+>>> len(digits.split("train")), digits.num_classes
+(1000, 10)
+>>> batch = digits.split("test").read([0, 1, 2])
+>>> batch["image"].shape, batch["label"].shape
+((3, 8, 8, 1), (3,))
+
+Importing this module registers its builders with TFDS, so that `tfds.builder("camvid")`
+finds them.
 """
 
-from train.data import digits
+from train.data._catalogue import default_data_dir, folder_of, prepare, prepared
 from train.data._dataset import Dataset, Split
+from train.data._prepared import Prepared, load, open_prepared
+from train.data.builders import BUILDERS
 
-_LOADERS = {"digits": digits.load}
-
-__all__ = ["Dataset", "Split", "load", "names"]
-
-
-def names() -> tuple[str, ...]:
-    """Names of all datasets."""
-    return tuple(_LOADERS)
-
-
-def load(name: str) -> Dataset:
-    """Loads a dataset.
-
-    Raises:
-      ValueError: if there is no such dataset; the message lists those there are.
-    """
-    if name not in _LOADERS:
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(_LOADERS)}")
-    return _LOADERS[name]()
+__all__ = [
+    "BUILDERS",
+    "Dataset",
+    "Prepared",
+    "Split",
+    "default_data_dir",
+    "folder_of",
+    "load",
+    "open_prepared",
+    "prepare",
+    "prepared",
+]

@@ -1,7 +1,7 @@
 """Classification: one label per image, cross-entropy, accuracy."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,16 @@ import tyro
 from flax import nnx
 
 import models
-from train import data
+from train.data import augment
+from train.data.augment import Augmentation
+from train.data.config import DataConfig
 from train.loop import Metrics, Program, make_program
 from train.optimizers import OptimizerConfig
+from train.progress import Progress, silent
 
 NAME = "classification"
 METRIC = "accuracy"
 
-DatasetName = tyro.extras.literal_type_from_choices(data.names())
 ModelName = tyro.extras.literal_type_from_choices(models.names())
 
 
@@ -25,16 +27,15 @@ ModelName = tyro.extras.literal_type_from_choices(models.names())
 class ClassificationConfig:
     """Train a network to tell the classes of images."""
 
-    dataset: DatasetName = "digits"
-    """Images to train on; digits come with scikit-learn."""
+    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=DataConfig
+    )
     model: ModelName = "resnet8"
     """Network to train."""
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 100
     """Images in a step."""
-    evaluate_on: Literal["test", "validation"] = "test"
-    """Validation holds out a fifth of the training images, to choose settings by."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = (
         dataclasses.field(default_factory=OptimizerConfig)
     )
@@ -47,13 +48,21 @@ class ClassificationConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Classification:
-    """The task, for images of one form."""
+    """The task, for images of one form.
+
+    Attributes:
+      model: name of the network.
+      num_classes: classes to tell.
+      in_channels: channels of the images.
+      augment: random changes of training images, and their normalisation.
+      normalize: normalisation alone.
+    """
 
     model: str
     num_classes: int
     in_channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    augment: Augmentation
+    normalize: Augmentation
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """A network for these images and classes."""
@@ -65,12 +74,8 @@ class Classification:
         )
 
     def prepare(self, batch: Any, key: jax.Array) -> Any:
-        """Scales images to mean 0 and standard deviation 1 per channel."""
-        del key  # digits have a top, a bottom and no room to shift: no augmentation
-        images = batch["image"].astype(jnp.float32) / 255
-        shape = (1, 1, 1, self.in_channels)
-        mean = jnp.asarray(self.mean).reshape(shape)
-        return batch | {"image": (images - mean) / jnp.asarray(self.std).reshape(shape)}
+        """Augments and normalises images."""
+        return self.augment(key, batch)
 
     def loss(self, model: nnx.Module, batch: Any) -> tuple[jax.Array, Metrics]:
         """Mean cross-entropy, and accuracy, of a prepared batch."""
@@ -82,7 +87,7 @@ class Classification:
     def evaluate(self, model: nnx.Module, batch: Any) -> Metrics:
         """Loss and accuracy of stored images."""
         weight, labels = batch["weight"], batch["label"]
-        logits = model(self.prepare(batch, jax.random.key(0))["image"])
+        logits = model(self.normalize(jax.random.key(0), batch)["image"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
         count = weight.sum()
@@ -92,23 +97,23 @@ class Classification:
         }
 
 
-def build(config: ClassificationConfig) -> Program:
+def build(config: ClassificationConfig, progress: Progress = silent) -> Program:
     """Loads the data and compiles the run that a config describes."""
-    dataset = data.load(config.dataset)
-    if config.evaluate_on == "validation":
-        dataset = dataset.hold_out()
+    dataset = config.data.load(NAME, progress)
+    train, test = config.data.open(dataset, progress)
     task = Classification(
         model=config.model,
         num_classes=dataset.num_classes,
-        in_channels=dataset.train["image"].shape[-1],
-        mean=dataset.mean,
-        std=dataset.std,
+        in_channels=len(dataset.mean),
+        augment=config.data.augmentation(dataset),
+        normalize=augment.normalize(dataset.mean, dataset.std),
     )
-    return make_program(
-        task,
-        config.optimizer,
-        train=dataset.train,
-        test=dataset.test,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-    )
+    with progress("compiling", 1):
+        return make_program(
+            task,
+            config.optimizer,
+            train=train,
+            test=test,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+        )

@@ -1,0 +1,235 @@
+"""Command line: python -m train.data list | prepare | info | show."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from absl import logging
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tyro.extras import SubcommandApp
+
+from train import data
+from train.data import contact_sheet
+from train.data._builder import summarize
+from train.data._statistics import Statistics
+from train.errors import UsageError
+from train.progress import shown_on
+
+app = SubcommandApp()
+console = Console()
+progress = shown_on(console)
+
+Name = tyro.conf.Positional[str]
+DataDir = Path | None
+
+
+@app.command(name="list")
+def list_datasets(data_dir: DataDir = None) -> None:
+    """List the datasets that can be prepared, and those that are.
+
+    Args:
+      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
+    """
+    table = Table("name", "what it is", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, builder in data.BUILDERS.items():
+        shown = f"{name}/NAME" if builder.NEEDS_NAME else name
+        table.add_row(shown, builder.__doc__.partition("\n")[0])
+    table.add_row(
+        "cifar10, cifar100, imagenet2012, ...",
+        "the TFDS catalogue: https://www.tensorflow.org/datasets/catalog",
+    )
+    console.print(table)
+    where = data_dir or data.default_data_dir()
+    found = ", ".join(data.prepared(data_dir)) or "nothing yet"
+    _say(f"Prepared in {where}: {found}")
+
+
+@app.command
+def prepare(
+    name: Name,
+    source: Path | None = None,
+    data_dir: DataDir = None,
+    skip_bad: bool = False,
+    test_fraction: float | None = None,
+    classes: str | None = None,
+    ignore_label: int | None = None,
+) -> None:
+    """Check the files of a dataset and write them in the form that training reads.
+
+    Args:
+      name: of the dataset; your own is image_folder/NAME, segmentation_folder/NAME or
+        paired_images/NAME.
+      source: folder, zip or tar with the files.
+      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
+      skip_bad: leave out files that cannot be used, and say which.
+      test_fraction: share to test on, of your own data without folders of splits.
+      classes: names of the classes in your own masks, from value 0: road,car,sky.
+      ignore_label: value of pixels without a class in your own masks, 255 if unset.
+    """
+    options = {
+        "skip_bad": skip_bad or None,
+        "test_fraction": test_fraction,
+        "classes": classes and [name.strip() for name in classes.split(",")],
+        "ignore_label": ignore_label,
+    }
+    before = data.folder_of(name, data_dir)
+    if before is not None:
+        _say(f"{name} is prepared already; to do it again, remove {before} first")
+        return
+    builder = data.prepare(
+        name,
+        source=source,
+        data_dir=data_dir,
+        progress=progress,
+        **{key: value for key, value in options.items() if value is not None},
+    )
+    if builder is not None and builder.skipped:
+        _say(f"left out {summarize(builder.skipped)}")
+    info(name, data_dir)
+
+
+@app.command
+def info(name: Name, data_dir: DataDir = None) -> None:
+    """Show splits, counts, sizes, class frequencies, and means of a prepared dataset.
+
+    Args:
+      name: of the dataset.
+      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
+    """
+    found = data.open_prepared(name, data_dir=data_dir, progress=progress)
+    measured = found.statistics(progress)
+    size = sum(file.stat().st_size for file in found.folder.glob("*.array_record*"))
+    _say(f"{name} in {found.folder}, {size / 1e6:.1f} MB")
+    table = Table("split", "examples", "width x height", box=box.SIMPLE_HEAD)
+    for key in measured["train"].mean:
+        table.add_column(f"{key} mean / std")
+    for split, of_split in measured.items():
+        count = f"{of_split.num_examples:,}"
+        table.add_row(split, count, _sizes(of_split), *_moments(of_split))
+    console.print(table)
+    for key in measured["train"].counts:
+        console.print(_frequencies(key, found, measured))
+    for split, of_split in measured.items():
+        if of_split.num_measured < of_split.num_examples:
+            _say(
+                f"{split}: measured on {of_split.num_measured:,} evenly spread examples"
+            )
+
+
+def _sizes(found: Statistics) -> str:
+    ranges = (
+        str(low) if low == high else f"{low}-{high}"
+        for low, high in (found.widths, found.heights)
+    )
+    return " x ".join(ranges)
+
+
+def _moments(found: Statistics) -> list[str]:
+    return [
+        " / ".join(
+            "(" + ", ".join(f"{x:.4f}" for x in values) + ")"
+            for values in (found.mean[key], found.std[key])
+        )
+        for key in found.mean
+    ]
+
+
+def _frequencies(
+    key: str, dataset: data.Prepared, measured: dict[str, Statistics]
+) -> Table:
+    table = Table("value", "class", box=box.SIMPLE_HEAD)
+    for split in measured:
+        table.add_column(f"{split}, % of {'pixels' if key == 'mask' else 'examples'}")
+    shares = {
+        split: np.asarray(found.counts[key]) / sum(found.counts[key])
+        for split, found in measured.items()
+    }
+    for value in range(max(map(len, shares.values()))):
+        cells = [
+            f"{100 * share[value]:.2f}" if value < len(share) else "0.00"
+            for share in shares.values()
+        ]
+        known = value < len(dataset.class_names)
+        if known or any(float(cell) for cell in cells):
+            name = dataset.class_names[value] if known else "(ignored)"
+            table.add_row(str(value), name, *cells)
+    return table
+
+
+@app.command
+def show(
+    name: Name,
+    output: Path | None = None,
+    split: str = "train",
+    task: Literal["classification", "segmentation", "translation"] | None = None,
+    count: int = 24,
+    seed: int = 0,
+    data_dir: DataDir = None,
+) -> None:
+    """Draw examples of a prepared dataset, chosen at random, to a PNG file.
+
+    Args:
+      name: of the dataset.
+      output: the file; NAME-SPLIT.png in this folder if unset.
+      split: to choose from.
+      task: what to show of a dataset that serves several.
+      count: examples to draw.
+      seed: of the choice.
+      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
+    """
+    if count < 1:
+        raise UsageError(f"count must be at least 1, got {count}")
+    found = data.open_prepared(name, data_dir=data_dir, progress=progress)
+    if split not in found.sources:
+        raise UsageError(
+            f"{name} has no split {split!r}; it has {', '.join(found.sources)}"
+        )
+    source = found.sources[split]
+    count = min(count, len(source))
+    rows = np.random.default_rng(seed).choice(len(source), count, replace=False)
+    records = source.__getitems__(rows.tolist())
+    fields = found.fields(task)
+    arrays = {key: [f.read(record) for record in records] for key, f in fields.items()}
+    path = output or Path(f"{name.replace('/', '-')}-{split}.png")
+    title = f"{name}, {count} of {len(source):,} in {split}"
+    if "label" in fields:
+        labels, names = arrays["label"], found.class_names
+        contact_sheet.labelled(arrays["image"], labels, names, path, title=title)
+    elif "mask" in fields:
+        contact_sheet.segmented(
+            arrays["image"],
+            arrays["mask"],
+            found.class_names,
+            path,
+            title=title,
+            colors=found.colors,
+            ignore_label=found.ignore_label,
+        )
+    else:
+        contact_sheet.paired(arrays["input"], arrays["target"], path, title=title)
+    _say(f"drew {title} to {path}")
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Runs the command line; errors a user can mend are one line, without a trace."""
+    logging.set_verbosity(logging.ERROR)  # TFDS tells of what this does on purpose
+    try:
+        app.cli(prog="python -m train.data", description="Prepare and see datasets.")
+    except (UsageError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What the TFDS builders of this project share: checking, order, writing, safety.
+
+They are `tfds.core.ShardBasedBuilder`s. tensorflow-datasets' `GeneratorBasedBuilder`
+would keep up to 1 GB of a split in memory to shuffle it, and needs TensorFlow for a
+split that is larger; here examples are named before they are read, so that they can be
+written in shuffled order one shard after another.
+"""
+
+import abc
+import collections
+import concurrent.futures
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import filelock
+import tensorflow_datasets as tfds
+
+from train.data._images import BadFileError
+from train.data._source import Source, open_source
+from train.errors import UsageError
+from train.progress import Progress, silent
+
+Example = dict[str, Any]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_SHARD_BYTES = 1 << 26
+_SHOWN_FILES = 20
+
+
+class Item(NamedTuple):
+    """An example to be made.
+
+    Attributes:
+      key: names it, once in its split; the order on disk follows from it.
+      make: reads, checks and encodes it, or raises BadFileError.
+    """
+
+    key: str
+    make: Callable[[], Example]
+
+
+class BadFilesError(UsageError):
+    """Files that cannot become examples, all of them.
+
+    Attributes:
+      errors: one for each file.
+    """
+
+    def __init__(self, source: object, errors: Sequence[BadFileError]):
+        super().__init__(
+            f"{summarize(errors)} in {source}\nmend or remove them, or leave them out "
+            "with --skip-bad"
+        )
+        self.errors = errors
+
+
+def summarize(errors: Sequence[BadFileError]) -> str:
+    """How many files are bad, and the first of them.
+
+    >>> from train.data._images import BadFileError
+    >>> print(summarize([BadFileError("a.jpg", "empty"), BadFileError("b", "empty")]))
+    2 bad files: a.jpg: empty; b: empty
+    """
+    shown = [str(error) for error in errors[:_SHOWN_FILES]]
+    if len(errors) > _SHOWN_FILES:
+        shown.append(f"and {len(errors) - _SHOWN_FILES} more")
+    if len(shown) > 2:
+        shown[0] = f"\n  {shown[0]}"
+    joint = "\n  " if len(shown) > 2 else "; "
+    return f"{len(errors)} bad file{'s' * (len(errors) > 1)}: {joint.join(shown)}"
+
+
+class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Base of the builders; prepares and reads without TensorFlow.
+
+    Preparing first checks every file, then writes; a dataset's folder appears in one
+    move when all is written. A lock lets one process prepare it while others wait.
+
+    Attributes:
+      NEEDS_SOURCE: whether there is a folder or archive to read from.
+      NEEDS_NAME: whether users bring their own data, and so name the dataset:
+        `image_folder/flowers`.
+      SHUFFLED: whether examples are stored in the order of their keys' hashes.
+      skipped: errors of the files left out, after preparing with `skip_bad`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    NEEDS_SOURCE: ClassVar[bool] = True
+    NEEDS_NAME: ClassVar[bool] = False
+    SHUFFLED: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        source: str | os.PathLike | None = None,
+        skip_bad: bool = False,
+        progress: Progress = silent,
+        config: str | tfds.core.BuilderConfig | None = None,
+        file_format: str = "array_record",
+        **kwargs: Any,
+    ):
+        """Makes a builder.
+
+        Args:
+          source: folder or archive to prepare from; not needed to read.
+          skip_bad: leaves out files that cannot be examples, in place of an error.
+          progress: shows how far preparing is.
+          config: the user's name for the dataset, with `NEEDS_NAME`.
+          file_format: only array_record is read without TensorFlow.
+          **kwargs: of `tfds.core.DatasetBuilder`: data_dir, version.
+        """
+        if file_format != "array_record":
+            raise UsageError(f"file_format must be array_record, got {file_format!r}")
+        self._source_path = None if source is None else Path(source)
+        self._skip_bad = skip_bad
+        self._progress = progress
+        self._items: dict[str, list[Item]] = {}
+        self.skipped: list[BadFileError] = []
+        if isinstance(config, str) and self.NEEDS_NAME:
+            config = tfds.core.BuilderConfig(name=config)
+        super().__init__(config=config, file_format=file_format, **kwargs)
+
+    @abc.abstractmethod
+    def _list(self, source: Source) -> dict[str, list[Item]]:
+        """Names the examples of each split, without reading images.
+
+        Errors of files that have no part in an example go to `self._bad`.
+        """
+
+    def _bad(self, file: str, problem: str) -> None:
+        self.skipped.append(BadFileError(file, problem))
+
+    def _describe(
+        self,
+        features: dict[str, tfds.features.FeatureConnector],
+        homepage: str | None = None,
+        citation: str | None = None,
+        **metadata: Any,
+    ) -> tfds.core.DatasetInfo:
+        """The description that `_info` returns."""
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            homepage=homepage,
+            citation=citation,
+            metadata=tfds.core.MetadataDict(metadata),
+            disable_shuffling=not self.SHUFFLED,
+        )
+
+    def download_and_prepare(self, **kwargs: Any) -> None:
+        """Prepares the dataset from its source, unless it is there already.
+
+        Raises:
+          UsageError: if the source is missing or wrong.
+          BadFilesError: if files are bad, all of them named, without `skip_bad`.
+        """
+        folder = Path(self.data_path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
+            if folder.exists():
+                return
+            # Holding the lock, nobody else is at work on what is left over here.
+            for left_over in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                shutil.rmtree(left_over)
+            if not self.NEEDS_SOURCE:
+                self._prepare(Source(folder, {}, set(), lambda name: b""), kwargs)
+                return
+            if self._source_path is None:
+                raise UsageError(
+                    f"{self.name} is prepared from a folder or archive: give its source"
+                )
+            with open_source(
+                self._source_path, folder.parent, self._progress
+            ) as source:
+                self._prepare(source, kwargs)
+
+    def _prepare(self, source: Source, kwargs: dict[str, Any]) -> None:
+        self.skipped = []
+        items = self._list(source)
+        self._num_bytes = source.num_bytes
+        with self._progress("checking", sum(map(len, items.values()))) as reporter:
+            self._items = {
+                name: self._checked(split, reporter.advance)
+                for name, split in items.items()
+            }
+        if self.skipped and not self._skip_bad:
+            raise BadFilesError(source.path, self.skipped)
+        empty = [name for name, split in self._items.items() if not split]
+        if empty or not items:
+            raise UsageError(
+                f"no example in {' and '.join(empty) or 'any split'} of {source.path}"
+                + f": {summarize(self.skipped)}" * bool(self.skipped)
+            )
+        with self._progress("writing", sum(map(len, self._items.values()))) as reporter:
+            self._advance = reporter.advance
+            super().download_and_prepare(**kwargs)
+
+    def _checked(self, items: list[Item], advance: Callable[[], None]) -> list[Item]:
+        def error_of(item: Item) -> BadFileError | None:
+            try:
+                item.make()
+            except BadFileError as error:
+                return error
+
+        good = []
+        for item, error in zip(items, map_threads(error_of, items), strict=True):
+            advance()
+            if error is None:
+                good.append(item)
+            else:
+                self.skipped.append(error)
+        return good
+
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> dict[str, list[Callable[[], Iterator[tuple[str, Example]]]]]:
+        del dl_manager
+        num_items = sum(map(len, self._items.values()))
+        num_shards = math.ceil(self._num_bytes / _SHARD_BYTES) or 1
+        per_shard = math.ceil(num_items / num_shards)
+
+        def write(items: Sequence[Item]) -> Iterator[tuple[str, Example]]:
+            for item, example in zip(
+                items, map_threads(lambda item: item.make(), items), strict=True
+            ):
+                self._advance()
+                yield item.key, example
+
+        shards = {}
+        for name, items in self._items.items():
+            if self.SHUFFLED:
+                items = sorted(items, key=lambda item: _hash(item.key))
+            starts = range(0, len(items), per_shard)
+            shards[name] = [
+                lambda part=items[i : i + per_shard]: write(part) for i in starts
+            ]
+        return shards
+
+    def _log_download_bytes(self) -> None:
+        """Says nothing, where the base class prints: nothing is downloaded."""
+
+    def _log_download_done(self) -> None:
+        """Says nothing either."""
+
+
+def map_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+    """Maps in threads, in order, with few results waiting at any time.
+
+    PIL decodes without Python's lock, so large images use every core.
+    """
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        window = collections.deque(
+            pool.submit(function, item)
+            for item in itertools.islice(items, 4 * (os.cpu_count() or 1))
+        )
+        while window:
+            result = window.popleft().result()
+            window.extend(pool.submit(function, x) for x in itertools.islice(items, 1))
+            yield result
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.md5(key.encode(), usedforsecurity=False).digest()

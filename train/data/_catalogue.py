@@ -1,0 +1,192 @@
+"""Datasets by name: where they lie, and how they are prepared."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from train.data._builder import ImageBuilder
+from train.data.builders import BUILDERS
+from train.errors import UsageError
+from train.progress import Progress, silent
+
+_NAME = re.compile(r"(?P<builder>\w+)(/(?P<config>\w[\w.+-]*))?")
+
+
+def default_data_dir() -> Path:
+    """Where datasets lie unless told otherwise: that of TFDS."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+
+
+def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
+    """The folder of a prepared dataset's highest version, or None.
+
+    Raises:
+      UsageError: if the name is not that of a dataset.
+    """
+    _parse(name)
+    found = [
+        info.parent
+        for info in (data_dir or default_data_dir())
+        .joinpath(name)
+        .glob("*.*.*/dataset_info.json")
+    ]
+    return max(found, key=_version, default=None)
+
+
+def _version(folder: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in folder.name.split("."))
+
+
+def prepared(data_dir: Path | None = None) -> list[str]:
+    """Names of all prepared datasets."""
+    root = data_dir or default_data_dir()
+    infos = (
+        *root.glob("*/*.*.*/dataset_info.json"),
+        *root.glob("*/*/*.*.*/dataset_info.json"),
+    )
+    return sorted({info.parent.parent.relative_to(root).as_posix() for info in infos})
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    """Builder and config of a name.
+
+    Raises:
+      UsageError: if there can be no such dataset; the message lists those there are.
+    """
+    match = _NAME.fullmatch(name)
+    builder, config = (match["builder"], match["config"]) if match else (name, None)
+    own = BUILDERS.get(builder)
+    if own is None:
+        if match is None or builder not in _of_tfds():
+            raise UsageError(
+                f"unknown dataset {name!r}; known: {', '.join(map(_shown, BUILDERS))}, "
+                "and the names of the TFDS catalogue such as cifar10, cifar100, "
+                "imagenet2012, cityscapes/semantic_segmentation"
+            )
+    elif own.NEEDS_NAME and config is None:
+        raise UsageError(
+            f"{builder} holds your own data: name the dataset, as in {builder}/flowers"
+        )
+    elif config is not None and not own.NEEDS_NAME:
+        raise UsageError(f"{builder} has no variants: leave out /{config}")
+    return builder, config
+
+
+def _of_tfds() -> list[str]:
+    return tfds.list_builders(with_community_datasets=False)  # those need the network
+
+
+def _shown(name: str) -> str:
+    return f"{name}/NAME" if BUILDERS[name].NEEDS_NAME else name
+
+
+def prepare(
+    name: str,
+    *,
+    source: Path | None = None,
+    data_dir: Path | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> ImageBuilder | None:
+    """Prepares a dataset from files, or by TFDS if it is of the catalogue.
+
+    Args:
+      name: of the dataset.
+      source: folder or archive to read; for the catalogue, the folder of files that
+        are to be downloaded by hand.
+      data_dir: where prepared datasets lie.
+      progress: shows how far it is.
+      **options: of the builder.
+
+    Returns:
+      The builder, or None for a dataset of the catalogue.
+
+    Raises:
+      UsageError: if it cannot be prepared.
+    """
+    builder_name, config = _parse(name)
+    data_dir = data_dir or default_data_dir()
+    own = BUILDERS.get(builder_name)
+    if own is None:
+        if options:
+            raise UsageError(f"{', '.join(options)} is for your own data, not {name}")
+        _prepare_by_tfds(name, source, data_dir)
+        return None
+    if own.NEEDS_SOURCE and source is None:
+        raise UsageError(_how_to_prepare(name))
+    try:
+        builder = own(
+            data_dir=data_dir,
+            config=config,
+            source=source,
+            progress=progress,
+            **options,
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"{name} does not take {', '.join(options)} ({error})"
+        ) from None
+    builder.download_and_prepare()
+    return builder
+
+
+def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
+    if not _has_tensorflow():
+        raise UsageError(
+            f"{name} is of the TFDS catalogue: {_how_to_prepare(name)} ({data_dir})"
+        )
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=source)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except AssertionError as error:  # how TFDS asks for files downloaded by hand
+        raise UsageError(f"{error}\nThen: {command(name)} --source FOLDER") from error
+    except (OSError, tfds.download.DownloadError) as error:
+        raise UsageError(
+            f"{name} could not be downloaded ({error}). On a machine without network, "
+            f"copy {name} into {data_dir} from one where {command(name)} has run"
+        ) from error
+
+
+def _has_tensorflow() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def find_or_prepare(
+    name: str, data_dir: Path | None = None, progress: Progress = silent
+) -> Path:
+    """The folder of a dataset, prepared now if that needs no source.
+
+    Raises:
+      UsageError: if it is not known or not prepared; the message says how to.
+    """
+    folder = folder_of(name, data_dir)
+    if folder is not None:
+        return folder
+    own = BUILDERS.get(_parse(name)[0])
+    if own is None or own.NEEDS_SOURCE:
+        raise UsageError(
+            f"{name} is not prepared in {data_dir or default_data_dir()}: "
+            f"{_how_to_prepare(name)}"
+        )
+    prepare(name, data_dir=data_dir, progress=progress)
+    return folder_of(name, data_dir)
+
+
+def command(name: str) -> str:
+    """What to type to prepare a dataset."""
+    return f"python -m train.data prepare {name}"
+
+
+def _how_to_prepare(name: str) -> str:
+    if _parse(name)[0] in BUILDERS:
+        return f"{command(name)} --source PATH, a folder or archive with its files"
+    return (
+        f"pip install -e '.[prepare]' for TensorFlow, which only this takes, and then "
+        f"{command(name)}; without network, prepare it on another machine and copy it "
+        "here"
+    )

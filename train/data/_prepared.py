@@ -1,0 +1,251 @@
+"""Prepared datasets: what they hold, and what tasks they serve."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from train.data._catalogue import command, find_or_prepare
+from train.data._dataset import Dataset, Field, Reader, Split
+from train.data._statistics import Statistics, statistics
+from train.errors import UsageError
+from train.progress import Progress, silent
+
+_FIT = {"classification": "crop", "segmentation": "pad", "translation": "stretch"}
+_SPLIT_ORDER = ("train", "validation", "test")
+
+# The classes of Cityscapes that are trained on, by the values of its label images.
+_CITYSCAPES = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
+_IGNORED = 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A dataset on disk.
+
+    Attributes:
+      name: the name it is known by.
+      folder: where it lies.
+      info: what TFDS says of it.
+      sources: by split, the TFDS data source; images in it are still encoded.
+      tasks: by task that it serves, the fields of an example.
+    """
+
+    name: str
+    folder: Path
+    info: tfds.core.DatasetInfo
+    sources: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Field]]
+
+    def fields(self, task: str | None) -> Mapping[str, Field]:
+        """The fields of a task, or of the first if that is None.
+
+        Raises:
+          UsageError: if the dataset does not serve the task.
+        """
+        if not self.tasks:
+            raise UsageError(
+                f"{self.name} serves no task here: it holds "
+                f"{', '.join(self.info.features)}"
+            )
+        task = task or next(iter(self.tasks))
+        if task not in self.tasks:
+            raise UsageError(
+                f"{self.name} is for {' and '.join(self.tasks)}, not for {task}"
+            )
+        return self.tasks[task]
+
+    def statistics(self, progress: Progress = silent) -> dict[str, Statistics]:
+        """Statistics of every split; measured at the first call."""
+        fields = {f.key: f for task in self.tasks.values() for f in task.values()}
+        return statistics(self.folder, self.sources, fields, progress)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; () if there are none."""
+        fields = self.fields(None).values()
+        if any(field.lookup for field in fields):
+            return tuple(_CITYSCAPES.values())
+        names = (getattr(self.info.features[f.feature], "names", None) for f in fields)
+        return tuple(next(filter(None, names), ()))
+
+    @property
+    def ignore_label(self) -> int | None:
+        """Value of mask pixels without a class."""
+        if any(field.lookup for field in self.fields(None).values()):
+            return _IGNORED
+        return (self.info.metadata or {}).get("ignore_label")
+
+    @property
+    def colors(self) -> np.ndarray | None:
+        """(classes, 3) uint8, RGB of the classes, if it comes with them."""
+        colors = (self.info.metadata or {}).get("colors")
+        return None if colors is None else np.asarray(colors, np.uint8)
+
+
+def open_prepared(
+    name: str,
+    *,
+    direction: str = "AtoB",
+    data_dir: Path | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Opens a prepared dataset; one that needs no source is prepared if need be.
+
+    Raises:
+      UsageError: if it is not known, not prepared, or prepared for TensorFlow alone.
+    """
+    folder = find_or_prepare(name, data_dir, progress)
+    builder = tfds.builder_from_directory(folder)
+    found = builder.info.file_format
+    if found is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise UsageError(
+            f"{folder} was prepared as {found and found.value}, which TensorFlow alone "
+            f"reads: move it away and prepare it as array_record, {command(name)}"
+        )
+    encoded = {
+        feature: tfds.decode.SkipDecoding()
+        for feature, kind in builder.info.features.items()
+        if isinstance(kind, tfds.features.Image)
+    }
+    splits = sorted(builder.info.splits, key=_place_of)
+    return Prepared(
+        name=name,
+        folder=folder,
+        info=builder.info,
+        sources={s: builder.as_data_source(s, decoders=encoded) for s in splits},
+        tasks=_tasks(name, builder.info.features, direction),
+    )
+
+
+def _place_of(split: str) -> tuple[int, str]:
+    known = split in _SPLIT_ORDER
+    return (_SPLIT_ORDER.index(split) if known else len(_SPLIT_ORDER)), split
+
+
+def load(
+    name: str,
+    *,
+    task: str | None = None,
+    size: tuple[int, int] | None = None,
+    direction: str = "AtoB",
+    data_dir: Path | None = None,
+    progress: Progress = silent,
+) -> Dataset:
+    """Loads a prepared dataset; those that need no source are prepared if need be.
+
+    Args:
+      name: of the dataset: `digits`, `image_folder/flowers`, `cifar10`.
+      task: "classification", "segmentation" or "translation"; the first that the
+        dataset serves if unset.
+      size: (height, width) of images in pixels; may be unset if all are of one size.
+        See `Reader.fit` for how images of another size come to it.
+      direction: "AtoB" translates the left half of a pair into the right, "BtoA" the
+        right into the left.
+      data_dir: where prepared datasets lie; that of TFDS if unset.
+      progress: shows what takes time at the first call.
+
+    Raises:
+      UsageError: if the dataset is not known or not prepared, or does not serve the
+        task, or its images differ in size and no size is given.
+    """
+    found = open_prepared(
+        name, direction=direction, data_dir=data_dir, progress=progress
+    )
+    fields = found.fields(task)
+    measured = found.statistics(progress)
+    task = task or next(iter(found.tasks))
+    reader = Reader(
+        fields=fields,
+        size=size or _common_size(name, measured),
+        fit=_FIT[task],
+        ignore_label=_IGNORED if found.ignore_label is None else found.ignore_label,
+    )
+    splits = {
+        split: Split(
+            name=split,
+            records=records,
+            reader=reader,
+            cache=found.folder / "cache",
+            rows=range(len(records)),
+        )
+        for split, records in found.sources.items()
+    }
+    image = next(field.key for field in fields.values() if field.kind == "image")
+    return Dataset(
+        name=name,
+        task=task,
+        splits=splits,
+        class_names=found.class_names,
+        ignore_label=found.ignore_label,
+        colors=found.colors,
+        mean=tuple(measured["train"].mean[image]),
+        std=tuple(measured["train"].std[image]),
+    )
+
+
+def _tasks(
+    name: str, features: Mapping[str, Any], direction: str
+) -> dict[str, dict[str, Field]]:
+    """The fields of each task that a dataset's features serve."""
+
+    def image(feature: str, half: str = "") -> Field:
+        channels = features[feature].shape[-1]
+        return Field(feature=feature, kind="image", channels=channels, half=half)
+
+    tasks = {}
+    if {"image", "mask"} <= features.keys():
+        mask = Field(feature="mask", kind="mask")
+        tasks["segmentation"] = {"image": image("image"), "mask": mask}
+    elif {"image", "label"} <= features.keys():
+        label = Field(feature="label", kind="label")
+        tasks["classification"] = {"image": image("image"), "label": label}
+    elif name.startswith("cityscapes"):
+        lookup = np.full(256, _IGNORED, np.uint8)
+        lookup[list(_CITYSCAPES)] = np.arange(len(_CITYSCAPES))
+        mask = Field(feature="segmentation_label", kind="mask", lookup=lookup.tobytes())
+        tasks["segmentation"] = {"image": image("image_left"), "mask": mask}
+    if {"image", "drawing"} <= features.keys():
+        tasks["translation"] = {"input": image("drawing"), "target": image("image")}
+    if "pair" in features:
+        halves = {"AtoB": "ab", "BtoA": "ba"}[direction]
+        tasks["translation"] = {
+            key: image("pair", half)
+            for key, half in zip(("input", "target"), halves, strict=True)
+        }
+    return tasks
+
+
+def _common_size(name: str, measured: Mapping[str, Statistics]) -> tuple[int, int]:
+    heights = {h for m in measured.values() for h in m.heights}
+    widths = {w for m in measured.values() for w in m.widths}
+    if len(heights) > 1 or len(widths) > 1:
+        raise UsageError(
+            f"images of {name} differ in size, from {min(widths)} to {max(widths)} "
+            f"pixels wide and from {min(heights)} to {max(heights)} high: give one "
+            "size, --image-size"
+        )
+    return heights.pop(), widths.pop()

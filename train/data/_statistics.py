@@ -1,0 +1,138 @@
+"""What is counted and measured of a dataset once, and kept beside it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data._builder import map_threads
+from train.progress import Progress
+
+_FILE = "statistics.json"
+_MAX_MEASURED = 60_000
+_MAX_LABELS = 1 << 15
+_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """Counts and measures of one split.
+
+    Attributes:
+      num_examples: all examples.
+      num_measured: of how many, evenly spread, pixels were looked at.
+      heights: (least, greatest) of the images, in pixels.
+      widths: likewise.
+      mean: per channel of each image field, on the scale from 0 to 1.
+      std: likewise the standard deviation over pixels.
+      counts: by field of labels, examples of each value; by field of masks, pixels of
+        each value.
+    """
+
+    num_examples: int
+    num_measured: int
+    heights: tuple[int, int]
+    widths: tuple[int, int]
+    mean: dict[str, tuple[float, ...]]
+    std: dict[str, tuple[float, ...]]
+    counts: dict[str, tuple[int, ...]]
+
+
+def statistics(
+    folder: Path,
+    sources: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Statistics]:
+    """Statistics of every split, from the dataset's folder or measured now.
+
+    Args:
+      folder: of the prepared dataset.
+      sources: data source of each split.
+      fields: what to read, by `Field.key`.
+      progress: shows how far measuring is.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        measured = {
+            split: dataclasses.asdict(_measure(split, source, fields, progress))
+            for split, source in sources.items()
+        }
+        content = json.dumps(measured)
+        # Datasets on shared disks may be read-only: then each run measures anew.
+        with contextlib.suppress(PermissionError):
+            partial = path.with_suffix(f".{os.getpid()}.part")
+            partial.write_text(content)
+            partial.replace(path)
+    else:
+        content = path.read_text()
+    return {
+        split: Statistics(**values) for split, values in json.loads(content).items()
+    }
+
+
+def _measure(
+    split: str, source: Any, fields: Mapping[str, Any], progress: Progress
+) -> Statistics:
+    num_measured = min(len(source), _MAX_MEASURED)
+    rows = np.linspace(0, len(source) - 1, num_measured).round().astype(int).tolist()
+    chunks = [rows[i : i + _AT_ONCE] for i in range(0, num_measured, _AT_ONCE)]
+
+    def count(rows: list[int]) -> tuple[dict[str, np.ndarray], set[tuple[int, int]]]:
+        examples = source.__getitems__(rows)
+        arrays = {
+            key: [field.read(x) for x in examples] for key, field in fields.items()
+        }
+        sizes = {x.shape[:2] for found in arrays.values() for x in found if x.ndim}
+        return {key: _histogram(found) for key, found in arrays.items()}, sizes
+
+    histograms: dict[str, np.ndarray] = {}
+    sizes: set[tuple[int, int]] = set()
+    with progress(f"measuring {split}", num_measured) as reporter:
+        for chunk, (counted, found) in zip(
+            chunks, map_threads(count, chunks), strict=True
+        ):
+            reporter.advance(len(chunk))
+            sizes |= found
+            for key, histogram in counted.items():
+                histograms[key] = histograms.get(key, 0) + histogram
+    images = {
+        k: _moments(h) for k, h in histograms.items() if fields[k].kind == "image"
+    }
+    heights, widths = zip(*sizes, strict=True)
+    return Statistics(
+        num_examples=len(source),
+        num_measured=num_measured,
+        heights=(min(heights), max(heights)),
+        widths=(min(widths), max(widths)),
+        mean={key: mean for key, (mean, _) in images.items()},
+        std={key: std for key, (_, std) in images.items()},
+        counts={
+            key: tuple(np.trim_zeros(histogram[0], "b").tolist())
+            for key, histogram in histograms.items()
+            if fields[key].kind != "image"
+        },
+    )
+
+
+def _histogram(arrays: list[np.ndarray]) -> np.ndarray:
+    """How often each value occurs in each channel: (channels, values)."""
+    if arrays[0].ndim == 0:
+        return np.bincount(np.stack(arrays), minlength=_MAX_LABELS)[None]
+    channels = arrays[0].shape[2] if arrays[0].ndim == 3 else 1
+    columns = np.concatenate([array.reshape(-1, channels) for array in arrays]).T
+    return np.stack([np.bincount(column, minlength=256) for column in columns])
+
+
+def _moments(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of values from 0 to 1, by channel."""
+    values = np.arange(histogram.shape[1]) / 255
+    shares = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = shares @ values
+    std = np.sqrt(shares @ values**2 - mean**2)
+    return tuple(mean.tolist()), tuple(std.tolist())

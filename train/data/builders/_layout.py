@@ -1,0 +1,186 @@
+"""Folder layouts that several builders share."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
+
+from train.data._builder import Example, Item
+from train.data._images import IMAGE_SUFFIXES, BadFileError, check_mask, check_photo
+from train.data._source import Source, SourceError
+from train.errors import UsageError
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def subfolders(source: Source, prefix: str) -> list[str]:
+    """Names of the folders right below a prefix, which is "" or ends in a slash."""
+    rests = (f.removeprefix(prefix) for f in source.folders if f.startswith(prefix))
+    return sorted(rest for rest in rests if "/" not in rest)
+
+
+def find_root(source: Source, marker: str) -> str:
+    """The prefix of what only the right archive has, a file or a folder.
+
+    Raises:
+      SourceError: if it is not there.
+    """
+    for name in (*source.names, *sorted(source.folders)):
+        if name == marker or name.endswith(f"/{marker}"):
+            return name.removesuffix(marker)
+    tops = sorted({name.split("/")[0] for name in source.names})
+    held = ", ".join(tops[:8]) + ", ..." * (len(tops) > 8)
+    raise SourceError(
+        f"{source.path} is not the expected folder or archive: it holds no {marker}, "
+        f"but {held or 'nothing'}"
+    )
+
+
+def top_folder(source: Source, contents: int) -> str:
+    """The prefix of the folders in which an archive holds all else.
+
+    Args:
+      source: the files.
+      contents: how many folders deep files must lie below it.
+    """
+    prefix = ""
+    while True:
+        below = subfolders(source, prefix)
+        depths = (n.removeprefix(prefix).count("/") for n in source.names)
+        if len(below) != 1 or below[0] in _SPLITS or min(depths, default=0) <= contents:
+            return prefix
+        prefix += f"{below[0]}/"
+
+
+def split_folders(source: Source, prefix: str) -> dict[str, str]:
+    """Prefixes of the folders of splits, by the splits' names; {} if there are none.
+
+    Raises:
+      SourceError: if there are some, but none to train on.
+    """
+    found = {
+        _SPLITS[folder]: f"{prefix}{folder}/"
+        for folder in subfolders(source, prefix)
+        if folder in _SPLITS
+    }
+    if found and "train" not in found:
+        raise SourceError(
+            f"{source.path} has folders of splits ({', '.join(found.values())}), but "
+            f"no {prefix}train/"
+        )
+    return found
+
+
+def check_fraction(fraction: float | None) -> float | None:
+    """Checks the share of examples to set apart."""
+    if fraction is not None and not 0 < fraction < 1:
+        raise UsageError(f"test fraction must lie between 0 and 1, got {fraction}")
+    return fraction
+
+
+def divide(
+    items: Iterable[Item], fraction: float | None, group: Callable[[Item], object]
+) -> dict[str, list[Item]]:
+    """Sets a share of every group apart for testing, chosen by hash of the key.
+
+    Raises:
+      SourceError: if the share is not declared.
+    """
+    if fraction is None:
+        raise SourceError(
+            "there are no folders of splits (train/, test/): declare the share of "
+            "examples to test on, such as --test-fraction 0.2"
+        )
+    groups = defaultdict(list)
+    for item in items:
+        groups[group(item)].append(item)
+    splits: dict[str, list[Item]] = {"train": [], "test": []}
+    for members in groups.values():
+        members.sort(key=lambda item: hashlib.sha256(item.key.encode()).digest())
+        count = round(len(members) * fraction)
+        splits["test"] += members[:count]
+        splits["train"] += members[count:]
+    return splits
+
+
+def match(
+    source: Source, photos: str, masks: str, bad: Callable[[str, str], None]
+) -> list[tuple[str, str]]:
+    """Photos of one folder with the label images of the same names of another.
+
+    Args:
+      source: the files.
+      photos: prefix of the photos.
+      masks: prefix of the label images.
+      bad: told of files without their counterpart.
+    """
+    by_stem = {
+        prefix: {
+            PurePosixPath(name.removeprefix(prefix)).with_suffix(""): name
+            for name in source.names
+            if name.startswith(prefix) and is_image(name)
+        }
+        for prefix in (photos, masks)
+    }
+    for prefix, other, what in ((photos, masks, "mask"), (masks, photos, "image")):
+        for stem in by_stem[prefix].keys() - by_stem[other].keys():
+            bad(by_stem[prefix][stem], f"has no {what}; expected {other}{stem}.*")
+    return [
+        (name, by_stem[masks][stem])
+        for stem, name in by_stem[photos].items()
+        if stem in by_stem[masks]
+    ]
+
+
+def labelled(source: Source, name: str, label: int) -> Item:
+    """A colour image with the number of its class."""
+
+    def make() -> Example:
+        return {"image": check_photo(read(source, name), name).data, "label": label}
+
+    return Item(name, make)
+
+
+def segmented(
+    source: Source, photo_file: str, mask_file: str, labels: set[int]
+) -> Item:
+    """A photo with its label image, whose values are to be among `labels`."""
+
+    def make() -> Example:
+        photo = check_photo(read(source, photo_file), photo_file)
+        mask = check_mask(read(source, mask_file), mask_file, labels, photo, photo_file)
+        return {"image": photo.data, "mask": mask}
+
+    return Item(photo_file, make)
+
+
+def read(source: Source, name: str) -> bytes:
+    """The content of a file; what is wrong with it is a BadFileError."""
+    if name not in source:
+        raise BadFileError(name, "listed, but not there")
+    try:
+        return source.read(name)
+    except ValueError as error:
+        raise BadFileError(name, error) from None
+
+
+def read_lines(source: Source, name: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = read(source, name).decode().splitlines()
+    except (BadFileError, UnicodeDecodeError) as error:
+        raise SourceError(f"{source.path}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,86 @@
+"""Your own photos with label images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from train.data._builder import ImageBuilder, Item
+from train.data._source import Source
+from train.data.builders import _layout
+from train.errors import UsageError
+
+
+class SegmentationFolder(ImageBuilder):
+    """Photos and label images: SPLIT/images/*.jpg and SPLIT/masks/*.png.
+
+    A mask has the name and the size of its photo; the value of a pixel is its class.
+    Without folders of splits, images/ and masks/ with a share to test on.
+    """
+
+    NEEDS_NAME = True
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[str] | None = None,
+        ignore_label: int = 255,
+        test_fraction: float | None = None,
+        **kwargs: Any,
+    ):
+        """Makes a builder.
+
+        Args:
+          classes: names of the classes, in the order of their values from 0; needed
+            to prepare.
+          ignore_label: value of pixels without a class.
+          test_fraction: share of photos to test on, where there are no splits.
+          **kwargs: as any of these builders takes.
+        """
+        self._classes = list(classes or ())
+        self._ignore_label = ignore_label
+        if not len(self._classes) <= ignore_label <= 255:
+            raise UsageError(
+                f"ignore label must lie from the number of classes, "
+                f"{len(self._classes)}, to 255, got {ignore_label}"
+            )
+        self._fraction = _layout.check_fraction(test_fraction)
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self._describe(
+            {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "mask": tfds.features.LabeledImage(
+                    shape=(None, None, 1), labels=self._classes or None
+                ),
+            },
+            ignore_label=self._ignore_label,
+        )
+
+    def _list(self, source: Source) -> dict[str, list[Item]]:
+        if not self._classes:
+            raise UsageError(
+                "the values of masks need names: declare them in order, such as "
+                "--classes background,road,car"
+            )
+        labels = {*range(len(self._classes)), self._ignore_label}
+        root = _layout.find_root(source, "images")
+        splits = _layout.split_folders(source, _above(root))
+        items = {
+            split: [
+                _layout.segmented(source, photo, mask, labels)
+                for photo, mask in _layout.match(
+                    source, f"{prefix}images/", f"{prefix}masks/", self._bad
+                )
+            ]
+            for split, prefix in (splits or {"train": root}).items()
+        }
+        if splits:
+            return items
+        return _layout.divide(items["train"], self._fraction, lambda item: None)
+
+
+def _above(prefix: str) -> str:
+    """The prefix of the folder that holds a folder."""
+    return prefix.rstrip("/").rpartition("/")[0] + "/" if "/" in prefix[:-1] else ""

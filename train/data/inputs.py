@@ -1,0 +1,347 @@
+"""How batches come to the training step: from the device's memory, or as a stream.
+
+Both ways give the same batches in the same order. An order says which examples are in
+a step, from the number of the step alone; so the position of a run is its step, and a
+run that starts again at a step goes on as if it had never stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import absl.flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.data._dataset import Arrays, Split
+from train.errors import UsageError
+from train.progress import Progress, silent
+
+Batch = dict[str, jax.Array]
+
+# Parameters, activations and XLA's own buffers need the rest.
+_SHARE_OF_DEVICE = 0.25
+_MAX_WORKERS = 8
+_ENDLESS = 1 << 31
+
+
+class Order(Protocol):
+    """Which examples are in which step."""
+
+    num_examples: int
+    batch_size: int
+
+    def steps_before(self, epoch: int) -> int:
+        """Number of steps in all epochs before this one, which counts from 0."""
+
+    def rows(self, step: int) -> np.ndarray:
+        """Numbers of the examples in a step, int (batch_size,); -1 for none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shuffled:
+    """A new random order in each epoch, for training.
+
+    Every example is met exactly once in an epoch. Where the batch size does not divide
+    the examples, a batch takes the last ones of one epoch and the first of the next.
+
+    >>> order = Shuffled(seed=(0,), num_examples=5, batch_size=2)
+    >>> [order.steps_before(epoch) for epoch in range(3)]
+    [0, 2, 5]
+    >>> sorted(int(row) for step in range(5) for row in order.rows(step))
+    [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+    Attributes:
+      seed: numbers that decide the order.
+      num_examples: all examples.
+      batch_size: examples in a step.
+    """
+
+    seed: tuple[int, ...]
+    num_examples: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_size <= self.num_examples:
+            raise UsageError(
+                f"batch size {self.batch_size} must be from 1 to the "
+                f"{self.num_examples} training examples"
+            )
+
+    def steps_before(self, epoch: int) -> int:
+        """Number of steps in all epochs before this one."""
+        return epoch * self.num_examples // self.batch_size
+
+    def rows(self, step: int) -> np.ndarray:
+        """Numbers of the examples in a step."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(places, self.num_examples)
+        first, last = (
+            _permutation(self.seed, int(epoch), self.num_examples)[places]
+            for epoch in (epochs[0], epochs[-1])
+        )
+        return np.where(epochs == epochs[0], first, last)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: tuple[int, ...], epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((*seed, epoch)).permutation(length)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sequential:
+    """The same order in each epoch, for evaluation; the last batch is filled up.
+
+    >>> order = Sequential(num_examples=3, batch_size=2)
+    >>> order.rows(0).tolist(), order.rows(1).tolist()
+    ([0, 1], [2, -1])
+
+    Attributes:
+      num_examples: all examples.
+      batch_size: examples in a step.
+    """
+
+    num_examples: int
+    batch_size: int
+
+    def steps_before(self, epoch: int) -> int:
+        """Number of steps in all epochs before this one."""
+        return epoch * math.ceil(self.num_examples / self.batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Numbers of the examples in a step; -1 where there are no more."""
+        start = step % self.steps_before(1) * self.batch_size
+        rows = np.arange(start, start + self.batch_size)
+        return np.where(rows < self.num_examples, rows, -1)
+
+
+class Input(Protocol):
+    """Examples on their way to the step.
+
+    What `feeds` yields is passed to the jitted step, where `batch` makes a batch of it:
+    the examples' arrays, and "weight", float32 (batch,), 0 where there is no example.
+    """
+
+    num_examples: int
+
+    def feeds(self, order: Order, first_step: int = 0) -> Iterator[Any]:
+        """What each step needs, without end, from a step on."""
+
+    def feed_shapes(self, order: Order) -> Any:
+        """The shapes and dtypes of what `feeds` yields."""
+
+    def batch(self, feed: Any, step: jax.Array) -> Batch:
+        """The batch of a step; pure, to be called inside the jitted step."""
+
+
+class _ResidentFeed(NamedTuple):
+    data: Batch
+    rows: jax.Array
+    first_step: jax.Array
+
+
+class Resident:
+    """Examples in the memory of the device; a batch is gathered inside the step.
+
+    In an epoch nothing moves between host and device: the order of its steps is put
+    there before.
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> from train.data.inputs import Resident, Shuffled
+    >>> squares = Resident({"x": np.arange(4) ** 2})
+    >>> feeds = squares.feeds(Shuffled(seed=(0,), num_examples=4, batch_size=4))
+    >>> batch = squares.batch(next(feeds), jnp.int32(0))
+    >>> sorted(batch["x"].tolist())
+    [0, 1, 4, 9]
+
+    Attributes:
+      num_examples: all examples.
+      data: their arrays on the device.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        """Puts arrays of equal length on the default device."""
+        self.num_examples = len(next(iter(arrays.values())))
+        self.data = jax.device_put(dict(arrays))
+
+    def feeds(self, order: Order, first_step: int = 0) -> Iterator[_ResidentFeed]:
+        """The data and the order of the epoch; the same objects in all its steps."""
+        epoch = 0
+        while order.steps_before(epoch + 1) <= first_step:
+            epoch += 1
+        while True:
+            start, stop = order.steps_before(epoch), order.steps_before(epoch + 1)
+            rows = np.zeros((_most_steps(order), order.batch_size), np.int32)
+            for step in range(start, stop):
+                rows[step - start] = order.rows(step)
+            feed = _ResidentFeed(self.data, *jax.device_put((rows, np.int32(start))))
+            for _ in range(max(start, first_step), stop):
+                yield feed
+            epoch += 1
+
+    def feed_shapes(self, order: Order) -> _ResidentFeed:
+        """The shapes and dtypes of what `feeds` yields."""
+        return jax.eval_shape(
+            lambda: _ResidentFeed(
+                self.data,
+                jnp.zeros((_most_steps(order), order.batch_size), jnp.int32),
+                jnp.int32(0),
+            )
+        )
+
+    def batch(self, feed: _ResidentFeed, step: jax.Array) -> Batch:
+        """Gathers the examples of a step."""
+        rows = feed.rows[step - feed.first_step]
+        batch = jax.tree.map(lambda x: x[rows], feed.data)
+        return batch | {"weight": (rows >= 0).astype(jnp.float32)}
+
+
+def _most_steps(order: Order) -> int:
+    return math.ceil(order.num_examples / order.batch_size)
+
+
+class Stream:
+    """Examples decoded while training runs, by Grain's threads or processes.
+
+    Batches are read ahead, and two of them wait on the device. With several JAX
+    processes each reads its own part of every batch.
+
+    Attributes:
+      num_examples: all examples, over all processes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        num_workers: int | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          split: the examples.
+          num_workers: processes that decode; 0 for threads of this one; unset for as
+            many as the machine's cores let.
+          process_index: number of this JAX process; JAX's own if unset.
+          process_count: how many there are; JAX's own if unset.
+        """
+        self.num_examples = len(split)
+        self._split = split
+        self._num_workers = default_workers() if num_workers is None else num_workers
+        index = jax.process_index() if process_index is None else process_index
+        count = jax.process_count() if process_count is None else process_count
+        self._shard = (index, count)
+
+    def feeds(self, order: Order, first_step: int = 0) -> Iterator[Batch]:
+        """Batches on the device, each when it is ready."""
+        import grain  # takes a second, which the other way need not wait
+
+        batches = _Batches(self._split, order, first_step, *self._shard)
+        threads = grain.ReadOptions(num_threads=min(os.cpu_count() or 1, 8))
+        if self._num_workers:
+            threads = grain.ReadOptions(num_threads=1)
+        stream = grain.MapDataset.source(batches).to_iter_dataset(threads)
+        if self._num_workers:
+            if not absl.flags.FLAGS.is_parsed():
+                absl.flags.FLAGS.mark_as_parsed()  # Grain reads one to start processes
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers)
+            stream = stream.mp_prefetch(options)
+        stream = grain.experimental.device_put(
+            stream, jax.local_devices()[0], cpu_buffer_size=2, device_buffer_size=2
+        )
+        iterator = iter(stream)
+        with contextlib.closing(iterator):
+            yield from iterator
+
+    def feed_shapes(self, order: Order) -> Batch:
+        """The shapes and dtypes of what `feeds` yields."""
+        size = _local_size(order, self._shard[1])
+        shapes = {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype)
+            for name, (shape, dtype) in self._split.reader.spec.items()
+        }
+        return shapes | {"weight": jax.ShapeDtypeStruct((size,), jnp.float32)}
+
+    def batch(self, feed: Batch, step: jax.Array) -> Batch:
+        """The batch, which is complete already."""
+        del step
+        return feed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Batches:
+    """A random-access source for Grain, of whole batches."""
+
+    split: Split
+    order: Order
+    first_step: int
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Arrays:
+        size = _local_size(self.order, self.process_count)
+        rows = self.order.rows(self.first_step + index)
+        rows = rows[self.process_index * size :][:size]
+        there = rows >= 0
+        arrays = self.split.read(rows[there])
+        for name, array in arrays.items():
+            missing = np.zeros((size - len(array), *array.shape[1:]), array.dtype)
+            arrays[name] = np.concatenate([array, missing])
+        return arrays | {"weight": there.astype(np.float32)}
+
+
+def _local_size(order: Order, process_count: int) -> int:
+    if order.batch_size % process_count:
+        raise UsageError(
+            f"batch size {order.batch_size} must be a multiple of the {process_count} "
+            "processes"
+        )
+    return order.batch_size // process_count
+
+
+def default_workers() -> int:
+    """Processes to decode in: one core stays with the training."""
+    return min((os.cpu_count() or 1) - 1, _MAX_WORKERS)
+
+
+def open_inputs(
+    splits: Mapping[str, Split],
+    *,
+    mode: str = "auto",
+    num_workers: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Input]:
+    """Makes the inputs of a run, all of one kind.
+
+    Args:
+      splits: by any names.
+      mode: "resident", "stream", or "auto": resident if the decoded examples of all
+        splits take no more than a quarter of the device's memory.
+      num_workers: of streams, see `Stream`.
+      progress: shows how far decoding is.
+    """
+    if mode not in ("auto", "resident", "stream"):
+        raise UsageError(f"input must be auto, resident or stream, got {mode!r}")
+    num_bytes = sum(split.num_bytes for split in splits.values())
+    fits = num_bytes <= _SHARE_OF_DEVICE * device_bytes()
+    if mode == "resident" or (mode == "auto" and fits):
+        return {name: Resident(s.arrays(progress)) for name, s in splits.items()}
+    return {name: Stream(s, num_workers=num_workers) for name, s in splits.items()}
+
+
+def device_bytes() -> int:
+    """Memory of the first device: its own, or for CPUs the machine's."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return memory.get("bytes_limit") or (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
