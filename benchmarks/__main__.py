@@ -5,12 +5,14 @@ import sys
 from tyro.extras import SubcommandApp
 
 from benchmarks.compare import compare
+from benchmarks.input import input
 from benchmarks.transforms import transforms
 from train.errors import UsageError
 
 app = SubcommandApp()
 app.command(compare)
 app.command(transforms)
+app.command(input)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Times of several functions that are fair to compare on a noisy machine."""
 
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ class Ratio(NamedTuple):
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], Any]], rounds: int
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    before: Mapping[str, Callable[[], Any]] = types.MappingProxyType({}),
 ) -> dict[str, list[float]]:
     """Runs every function once in each round, and takes its seconds.
 
@@ -27,6 +30,7 @@ def interleave(
     Args:
       functions: what to time, already compiled; results are waited for.
       rounds: how often.
+      before: what to do, untimed, each time before some of them.
     """
     names = list(functions)
     for name in names:  # warm-up, not counted
@@ -34,6 +38,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            jax.block_until_ready(before.get(name, lambda: None)())
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
             seconds[name].append(time.perf_counter() - start)

@@ -1,6 +1,8 @@
 """Command line: python -m train.data list | prepare | info | show."""
 
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +84,7 @@ def prepare(
     if before is not None:
         _say(f"{name} is prepared already; to do it again, remove {before} first")
         return
+    start = time.monotonic()
     builder = data.prepare(
         name,
         source=source,
@@ -89,9 +92,16 @@ def prepare(
         progress=progress,
         **{key: value for key, value in options.items() if value is not None},
     )
+    seconds, peak = time.monotonic() - start, _peak_megabytes()
+    _say(f"prepared in {seconds:.1f} s, with at most {peak:,.0f} MB of memory")
     if builder is not None and builder.skipped:
         _say(f"left out {summarize(builder.skipped)}")
     info(name, data_dir)
+
+
+def _peak_megabytes() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 @app.command

@@ -3,6 +3,10 @@
 import importlib.util
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +122,8 @@ def prepare(
         return None
     if own.NEEDS_SOURCE and source is None:
         raise UsageError(_how_to_prepare(name))
+    if source is not None and not own.NEEDS_SOURCE:
+        raise UsageError(f"{name} is made from what is installed: leave out --source")
     try:
         builder = own(
             data_dir=data_dir,
@@ -142,6 +148,10 @@ def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=source)
     try:
+        by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        there = any((data_dir / "downloads").rglob("*.INFO"))
+        if not by_hand and not there:
+            _reach(builder.url_infos or {})
         builder.download_and_prepare(download_config=config)
     except AssertionError as error:  # how TFDS asks for files downloaded by hand
         raise UsageError(f"{error}\nThen: {command(name)} --source FOLDER") from error
@@ -150,6 +160,14 @@ def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
             f"{name} could not be downloaded ({error}). On a machine without network, "
             f"copy {name} into {data_dir} from one where {command(name)} has run"
         ) from error
+
+
+def _reach(urls: Iterable[str]) -> None:
+    """Fails at once where TFDS would try again and again, for minutes."""
+    if urllib.request.getproxies():
+        return  # names are the proxy's to look up
+    for host in {urllib.parse.urlsplit(url).hostname for url in urls}:
+        socket.getaddrinfo(host, None)
 
 
 def _has_tensorflow() -> bool:

@@ -5,11 +5,13 @@ a step, from the number of the step alone; so the position of a run is its step,
 run that starts again at a step goes on as if it had never stopped.
 """
 
-import contextlib
+import atexit
 import dataclasses
 import functools
+import gc
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -244,10 +246,12 @@ class Stream:
         import grain  # takes a second, which the other way need not wait
 
         batches = _Batches(self._split, order, first_step, *self._shard)
-        threads = grain.ReadOptions(num_threads=min(os.cpu_count() or 1, 8))
-        if self._num_workers:
-            threads = grain.ReadOptions(num_threads=1)
-        stream = grain.MapDataset.source(batches).to_iter_dataset(threads)
+        num_threads = 1 if self._num_workers else min(os.cpu_count() or 1, _MAX_WORKERS)
+        # Elements are whole batches: Grain's own 500 of them would fill the memory.
+        ahead = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=num_threads
+        )
+        stream = grain.MapDataset.source(batches).to_iter_dataset(ahead)
         if self._num_workers:
             if not absl.flags.FLAGS.is_parsed():
                 absl.flags.FLAGS.mark_as_parsed()  # Grain reads one to start processes
@@ -257,8 +261,14 @@ class Stream:
             stream, jax.local_devices()[0], cpu_buffer_size=2, device_buffer_size=2
         )
         iterator = iter(stream)
-        with contextlib.closing(iterator):
+        close = functools.partial(_close, iterator, self._num_workers)
+        # An evaluation's stream stays open for the next one, and ends with the process.
+        atexit.register(close)
+        try:
             yield from iterator
+        finally:
+            atexit.unregister(close)
+            close()
 
     def feed_shapes(self, order: Order) -> Batch:
         """The shapes and dtypes of what `feeds` yields."""
@@ -273,6 +283,16 @@ class Stream:
         """The batch, which is complete already."""
         del step
         return feed
+
+
+def _close(iterator: Any, num_workers: int) -> None:
+    """Ends worker processes, and frees the memory shared with them."""
+    iterator.close()
+    if num_workers:
+        # Grain frees a batch when its last reference goes, in a thread that the end of
+        # this process would cut off with a warning.
+        gc.collect()
+        time.sleep(0.2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import urllib.request
 
 import numpy as np
 import pytest
@@ -92,14 +93,20 @@ def test_the_catalogue_is_prepared_by_tensorflow_only(tmp_path):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
-def test_a_download_that_fails_is_explained(tmp_path, monkeypatch):
+@pytest.mark.parametrize("urls", [{"https://data.invalid/cifar.tar": None}, None])
+def test_a_download_that_fails_is_explained(tmp_path, monkeypatch, urls):
     class Offline:
+        MANUAL_DOWNLOAD_INSTRUCTIONS = None
+        url_infos = urls
+
         def download_and_prepare(self, **kwargs):
-            raise ConnectionError("Name or service not known")
+            assert urls is None  # else it would try for minutes
+            raise ConnectionError("connection refused")
 
     monkeypatch.setattr(_catalogue, "_has_tensorflow", lambda: True)
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: Offline())
-    with pytest.raises(UsageError, match=r"not known\).*without network.*copy cifar10"):
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with pytest.raises(UsageError, match=r"\(.*\)\. .*without network, copy cifar10"):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
