@@ -362,7 +362,7 @@ def measure(subject: Subject, rounds: int, data_dir: Path | None) -> list[Measur
 def input(
     cifar10: str = "image_folder/cifar10",
     camvid: str = "camvid",
-    rounds: int = 15,
+    rounds: int = 10,
     data_dir: Path | None = None,
     run_dir: Path | None = None,
 ) -> None:
@@ -372,8 +372,7 @@ def input(
       cifar10: name of a prepared dataset of small images, to classify.
       camvid: name of a prepared dataset of larger ones, to segment.
       rounds: how often each is timed.
-      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
-        unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
       run_dir: folder for the results; a new one under runs/ if unset.
     """
     if rounds < 1:

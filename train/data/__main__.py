@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -25,7 +25,7 @@ app = SubcommandApp()
 console = Console()
 progress = shown_on(console)
 
-Name = tyro.conf.Positional[str]
+Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
 DataDir = Path | None
 
 
@@ -34,8 +34,7 @@ def list_datasets(data_dir: DataDir = None) -> None:
     """List the datasets that can be prepared, and those that are.
 
     Args:
-      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
-        unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
     """
     table = Table("name", "what it is", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, builder in data.BUILDERS.items():
@@ -67,8 +66,7 @@ def prepare(
       name: of the dataset; your own is image_folder/NAME, segmentation_folder/NAME or
         paired_images/NAME.
       source: folder, zip or tar with the files.
-      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
-        unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
       skip_bad: leave out files that cannot be used, and say which.
       test_fraction: share to test on, of your own data without folders of splits.
       classes: names of the classes in your own masks, from value 0: road,car,sky.
@@ -110,8 +108,7 @@ def info(name: Name, data_dir: DataDir = None) -> None:
 
     Args:
       name: of the dataset.
-      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
-        unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
     """
     found = data.open_prepared(name, data_dir=data_dir, progress=progress)
     measured = found.statistics(progress)
@@ -192,8 +189,7 @@ def show(
       task: what to show of a dataset that serves several.
       count: examples to draw.
       seed: of the choice.
-      data_dir: where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if
-        unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
     """
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")

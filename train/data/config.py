@@ -47,8 +47,7 @@ class DataConfig:
     dataset: str = "digits"
     """Name of a prepared dataset; `python -m train.data list` shows them."""
     evaluate_on: Literal["test", "validation"] = "test"
-    """Validation, to choose settings by, is a fifth of the training images unless the
-    dataset comes with it."""
+    """Validation is a fifth of the training images, where there is none already."""
     image_size: Annotated[
         tuple[int, int] | None,
         PrimitiveConstructorSpec(
@@ -70,15 +69,13 @@ class DataConfig:
             str_from_instance=lambda value: [",".join(value)],
         ),
     ] = ()
-    """Random changes of the training images: pad_crop, mirror, random_resized_crop,
-    color_jitter, cutout."""
+    """Random changes: pad_crop, mirror, random_resized_crop, color_jitter, cutout."""
     input: Literal["auto", "resident", "stream"] = "auto"
-    """Images in the device's memory, or decoded while training; auto looks at their
-    size."""
+    """In the device's memory, or decoded while training; auto goes by the size."""
     workers: int | None = None
     """Processes that decode a stream; 0 for threads."""
     data_dir: Path | None = None
-    """Where prepared datasets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
+    """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
 
     def load(self, task: str, progress: Progress = silent) -> Dataset:
         """The dataset for a task, with the split to evaluate on."""
