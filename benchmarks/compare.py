@@ -190,7 +190,7 @@ def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> 
                 programs[method.name] = classification.build(config.task_config(method))
     folder.start()
     total = sum(_num_steps(config, programs, method) for _, method in missing)
-    with shown_on(console)("", total) as reporter:
+    with shown_on(console)("training", total) as reporter:
         # Seeds outside, methods inside: a slow minute of the machine hits them all.
         for seed, method in missing:
             text = f"seed {seed + 1}/{config.seeds}, {method.name}"
