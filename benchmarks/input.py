@@ -9,9 +9,9 @@ ready on the device.
 import contextlib
 import csv
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +40,10 @@ from train.run_folder import environment, open_run_folder
 from train.tasks.classification import Classification
 
 Call = Callable[[], Any]
+
+_PACKAGES = ("pillow", "grain", "tensorflow-datasets", "tensorflow-cpu")
+
+_MODEL = "resnet20"
 
 # Batches that threads, processes and the device hold together at most.
 _READ_AHEAD = 12
@@ -129,7 +133,7 @@ def _subjects(cifar10: str, camvid: str) -> tuple[Subject, ...]:
             steps=3,
             augment=for_cifar,
             task=lambda dataset, augment: Classification(
-                model="resnet20",
+                model=_MODEL,
                 num_classes=dataset.num_classes,
                 in_channels=3,
                 augment=augment,
@@ -407,8 +411,15 @@ def _table(title: str, measurements: list[Measurement]) -> Table:
     return table
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _write(path: Path, measurements: list[Measurement]) -> None:
-    where = environment() | {"cores": os.cpu_count()}
+    where = environment() | {name: _version(name) for name in _PACKAGES}
     rows = [dataclasses.asdict(m) | where for m in measurements]
     for row in rows:
         row |= {f"ratio_{k}": v for k, v in row.pop("ratio")._asdict().items()}

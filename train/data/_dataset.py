@@ -203,7 +203,7 @@ class Dataset:
       ignore_label: value of mask pixels without a class, or None.
       colors: (classes, 3), RGB of the classes from 0 to 255, or None.
       mean: per channel, of the training images scaled to [0, 1].
-      std: likewise the standard deviation.
+      std: likewise the standard deviation; 1 for a channel that never changes.
     """
 
     name: str

@@ -203,7 +203,7 @@ def load(
         ignore_label=found.ignore_label,
         colors=found.colors,
         mean=tuple(measured["train"].mean[image]),
-        std=tuple(measured["train"].std[image]),
+        std=tuple(std or 1.0 for std in measured["train"].std[image]),
     )
 
 

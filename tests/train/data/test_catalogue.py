@@ -240,6 +240,7 @@ def test_images_of_several_sizes_need_one(tmp_path):
     with pytest.raises(UsageError, match=r"from 10 to 40 pixels wide.*--image-size"):
         data.load("caltech_birds2011", data_dir=tmp_path)
     birds = data.load("caltech_birds2011", size=(8, 6), data_dir=tmp_path)
+    assert birds.std == (1.0, 1.0, 1.0)  # of one colour: nothing to divide by
     images = birds.split("train").read([0, 1])["image"]
     assert images.shape == (2, 8, 6, 3)
     assert (images == [200, 100, 50]).all()  # cropped: nothing is filled in
