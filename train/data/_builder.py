@@ -165,8 +165,10 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         folder = Path(self.data_path)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
-            if folder.exists():
+            if (folder / "dataset_info.json").exists():
                 return
+            if folder.exists():
+                raise UsageError(f"{folder} is no prepared dataset: remove it first")
             # Holding the lock, nobody else is at work on what is left over here.
             for left_over in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(left_over)
@@ -191,6 +193,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 name: self._checked(split, reporter.advance)
                 for name, split in items.items()
             }
+        self.skipped.sort(key=lambda error: error.file)
         if self.skipped and not self._skip_bad:
             raise BadFilesError(source.path, self.skipped)
         empty = [name for name, split in self._items.items() if not split]
@@ -201,7 +204,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             )
         with self._progress("writing", sum(map(len, self._items.values()))) as reporter:
             self._advance = reporter.advance
-            super().download_and_prepare(**kwargs)
+            try:
+                super().download_and_prepare(**kwargs)
+            except (OSError, RuntimeError) as error:  # array_record's is the latter
+                raise UsageError(
+                    f"cannot write {self.name} to {self.data_dir} ({error}): make room "
+                    "or choose another --data-dir"
+                ) from error
 
     def _checked(self, items: list[Item], advance: Callable[[], None]) -> list[Item]:
         def error_of(item: Item) -> BadFileError | None:
@@ -237,7 +246,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         shards = {}
         for name, items in self._items.items():
             if self.SHUFFLED:
-                items = sorted(items, key=lambda item: _hash(item.key))
+                items = shuffled(items)
             starts = range(0, len(items), per_shard)
             shards[name] = [
                 lambda part=items[i : i + per_shard]: write(part) for i in starts
@@ -268,5 +277,18 @@ def map_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_
             yield result
 
 
-def _hash(key: str) -> bytes:
-    return hashlib.md5(key.encode(), usedforsecurity=False).digest()
+def shuffled(items: Iterable[Item]) -> list[Item]:
+    """Items in the order of their keys' hashes.
+
+    Folders that hold all of them do not count: an archive and the folder that is in it
+    give the same order.
+    """
+    items = list(items)
+    folders = {os.path.dirname(item.key) for item in items}
+    start = len(os.path.commonpath(folders)) if items else 0
+
+    def place(item: Item) -> bytes:
+        name = os.fsencode(item.key[start:].lstrip("/"))
+        return hashlib.md5(name, usedforsecurity=False).digest()
+
+    return sorted(items, key=place)

@@ -17,6 +17,7 @@ from train.data.builders import BUILDERS
 from train.errors import UsageError
 from train.progress import Progress, silent
 
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<builder>\w+)(/(?P<config>\w[\w.+-]*))?")
 
 
@@ -32,13 +33,14 @@ def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
       UsageError: if the name is not that of a dataset.
     """
     _parse(name)
-    found = [
-        info.parent
-        for info in (data_dir or default_data_dir())
-        .joinpath(name)
-        .glob("*.*.*/dataset_info.json")
-    ]
+    found = _folders(data_dir or default_data_dir(), name)
     return max(found, key=_version, default=None)
+
+
+def _folders(root: Path, names: str) -> list[Path]:
+    """Folders of datasets, none that is not yet complete or was put aside."""
+    infos = root.glob(f"{names}/*/dataset_info.json")
+    return [i.parent for i in infos if _VERSION.fullmatch(i.parent.name)]
 
 
 def _version(folder: Path) -> tuple[int, ...]:
@@ -48,11 +50,8 @@ def _version(folder: Path) -> tuple[int, ...]:
 def prepared(data_dir: Path | None = None) -> list[str]:
     """Names of all prepared datasets."""
     root = data_dir or default_data_dir()
-    infos = (
-        *root.glob("*/*.*.*/dataset_info.json"),
-        *root.glob("*/*/*.*.*/dataset_info.json"),
-    )
-    return sorted({info.parent.parent.relative_to(root).as_posix() for info in infos})
+    found = (*_folders(root, "*"), *_folders(root, "*/*"))
+    return sorted({folder.parent.relative_to(root).as_posix() for folder in found})
 
 
 def _parse(name: str) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """Images as files hold them: checked when a dataset is prepared, decoded when read."""
 
 import io
+import struct
 import threading
 import warnings
 from typing import NamedTuple
@@ -12,7 +13,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 _MODES = {1: "L", 3: "RGB"}
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")
+_PNG_DEPTH = 24  # place of the byte that has the bits per channel
 _ORIENTATION = 0x0112
+# PIL's decoders raise these on damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+)
 _open_lock = threading.Lock()
 
 
@@ -50,12 +64,20 @@ def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
       BadFileError: if it is no such file, damaged, too large, or of 16 bits.
     """
     image = open_image(data, file, ("JPEG", "PNG", "WEBP"))
-    if image.mode in _DEEP_MODES:
-        raise BadFileError(file, f"mode {image.mode}; expected 8 bits per channel")
-    upright = image.getexif().get(_ORIENTATION, 1) == 1
-    if upright and image.mode == _MODES[channels]:
-        return Photo(data, image.size)
-    image = ImageOps.exif_transpose(image).convert(_MODES[channels])
+    deep = image.format == "PNG" and data[_PNG_DEPTH] > 8
+    if deep or image.mode in _DEEP_MODES:
+        raise BadFileError(file, "16 bits or more; expected 8 bits per channel")
+    try:
+        upright = image.getexif().get(_ORIENTATION, 1) == 1
+        if upright and image.mode == _MODES[channels]:
+            return Photo(data, image.size)
+        image = ImageOps.exif_transpose(image)
+    except _DAMAGE as error:
+        raise BadFileError(
+            file, f"damaged EXIF data ({error}); expected none, or whole ones"
+        ) from None
+    image.apply_transparency()  # of a palette, of which PIL warns else
+    image = image.convert(_MODES[channels])
     return Photo(encode_png(image), image.size)
 
 
@@ -116,8 +138,7 @@ def open_image(data: bytes, file: str, formats: tuple[str, ...]) -> Image.Image:
         raise BadFileError(
             file, f"{error}; expected at most {Image.MAX_IMAGE_PIXELS:,} pixels"
         ) from None
-    # PIL's decoders raise these and more on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except _DAMAGE as error:
         raise BadFileError(file, f"damaged ({error}); {expected}, whole") from None
     return image
 

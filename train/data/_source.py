@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from train.errors import UsageError
 from train.progress import Progress
@@ -33,9 +33,9 @@ _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
     EOFError,
-    gzip.BadGzipFile,
     lzma.LZMAError,
     zlib.error,
+    NotImplementedError,  # a zip's way to compress that Python does not know
 )
 
 
@@ -84,7 +84,7 @@ class Source:
         try:
             return self._read(name)
         except _DAMAGED as error:
-            raise ValueError(f"damaged in the archive ({error})") from error
+            raise ValueError(f"cannot be unpacked ({error})") from error
 
 
 def _shown(name: str) -> bool:
@@ -127,36 +127,51 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
 
 
 def _open_folder(path: Path) -> Source:
-    sizes, folders, visited = {}, set(), set()
+    sizes, folders = {}, set()
+    above: dict[str, set[str]] = {}  # of each folder, itself included, without links
     # Links are the user's own here, and common where disks are shared.
-    for folder, subfolders, files in os.walk(path, followlinks=True):
+    for folder, subfolders, files in os.walk(path, onerror=_fail, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:
+        parents = above.get(os.path.dirname(folder), set())
+        if real in parents:  # a link upwards
             subfolders.clear()
             continue
-        visited.add(real)
+        above[folder] = parents | {real}
         folders.add(Path(folder).relative_to(path).as_posix())
         for file in files:
             name = Path(folder, file)
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing
+            if name.is_file():  # and not a pipe, or a link to nothing
                 sizes[name.relative_to(path).as_posix()] = name.stat().st_size
     return Source(path, sizes, folders, lambda name: (path / name).read_bytes())
 
 
+def _fail(error: OSError) -> NoReturn:
+    raise error
+
+
 def _open_zip(path: Path, archive: zipfile.ZipFile) -> Source:
-    sizes, folders, refused = {}, set(), []
+    members, folders, refused = {}, set(), []
     for member in archive.infolist():
-        name = member.filename
+        # Some programs of Windows write backslashes.
+        name = member.filename.replace("\\", "/").removeprefix("./")
         if stat.S_ISLNK(member.external_attr >> 16) or not _is_inside(name):
             refused.append(name)
-        elif member.is_dir():
+        elif name.endswith("/"):
             folders.add(name.rstrip("/"))
         elif member.flag_bits & 1:
             raise SourceError(f"{path} is encrypted: decrypt it first")
         else:
-            sizes[name] = member.file_size
+            members[name] = member
     _refuse(path, refused)
-    return Source(path, sizes, folders, archive.read)
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(members[name])
+        except OSError as error:  # of bz2, or of a place that cannot be
+            raise zipfile.BadZipFile(str(error)) from error
+
+    sizes = {name: member.file_size for name, member in members.items()}
+    return Source(path, sizes, folders, read)
 
 
 def _open_tar(path: Path, file: BinaryIO) -> Source:
@@ -171,6 +186,10 @@ def _open_tar(path: Path, file: BinaryIO) -> Source:
                 folders.add(name)
             else:
                 places[name] = (member.offset_data, member.size)
+        # To tarfile a damaged header is the end as well.
+        end = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
+        if end != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end after {len(archive.members)} members")
     _refuse(path, refused)
 
     def read(name: str) -> bytes:
@@ -214,17 +233,25 @@ def _unpacked(
     size = os.fstat(file.fileno()).st_size
     limit = max(_MAX_EXPANSION * size, _MIN_UNPACKED_LIMIT)
     plain = stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
-    with (
-        progress(f"unpacking {path.name} (MB)", size // _MEGA) as reporter,
-        opener(file) as unpacked,
-    ):
-        while chunk := unpacked.read(_CHUNK):
-            plain.write(chunk)
-            reporter.advance(file.tell() // _MEGA - reporter.done)
-            if plain.tell() > limit:
-                raise SourceError(
-                    f"{path} is refused: it unpacks to more than {_MAX_EXPANSION} "
-                    "times its size, which no archive of images does"
-                )
-    plain.seek(0, io.SEEK_SET)
+    try:
+        with (
+            progress(f"unpacking {path.name} (MB)", size // _MEGA) as reporter,
+            opener(file) as unpacked,
+        ):
+            while chunk := unpacked.read(_CHUNK):
+                plain.write(chunk)
+                reporter.advance(file.tell() // _MEGA - reporter.done)
+                if plain.tell() > limit:
+                    raise SourceError(
+                        f"{path} is refused: it unpacks to more than {_MAX_EXPANSION} "
+                        "times its size, which no archive of images does"
+                    )
+        plain.seek(0, io.SEEK_SET)
+    except OSError as error:
+        if error.errno is None:  # not the system's, but gzip's or bz2's
+            raise tarfile.ReadError(str(error)) from error
+        raise SourceError(
+            f"cannot unpack {path} to {scratch} ({error}): make room or choose another "
+            "--data-dir"
+        ) from error
     return plain

@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from train.data._builder import map_threads
@@ -64,9 +64,12 @@ def statistics(
             for split, source in sources.items()
         }
         content = json.dumps(measured)
-        # Datasets on shared disks may be read-only: then each run measures anew.
-        with contextlib.suppress(PermissionError):
-            partial = path.with_suffix(f".{os.getpid()}.part")
+        # Disks may be full, or shared and read-only: then each run measures anew.
+        with (
+            contextlib.suppress(OSError),
+            filelock.FileLock(path.with_name(".statistics.lock")),
+        ):
+            partial = path.with_suffix(".part")
             partial.write_text(content)
             partial.replace(path)
     else:

@@ -1,11 +1,10 @@
 """Folder layouts that several builders share."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
-from train.data._builder import Example, Item
+from train.data._builder import Example, Item, shuffled
 from train.data._images import IMAGE_SUFFIXES, BadFileError, check_mask, check_photo
 from train.data._source import Source, SourceError
 from train.errors import UsageError
@@ -54,12 +53,13 @@ def top_folder(source: Source, contents: int) -> str:
 
     Args:
       source: the files.
-      contents: how many folders deep files must lie below it.
+      contents: how many folders deep images must lie below it.
     """
     prefix = ""
     while True:
         below = subfolders(source, prefix)
-        depths = (n.removeprefix(prefix).count("/") for n in source.names)
+        images = filter(is_image, source.names)
+        depths = (name.removeprefix(prefix).count("/") for name in images)
         if len(below) != 1 or below[0] in _SPLITS or min(depths, default=0) <= contents:
             return prefix
         prefix += f"{below[0]}/"
@@ -69,13 +69,14 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
     """Prefixes of the folders of splits, by the splits' names; {} if there are none.
 
     Raises:
-      SourceError: if there are some, but none to train on.
+      SourceError: if there are some, but none to train on, or two of the same split.
     """
-    found = {
-        _SPLITS[folder]: f"{prefix}{folder}/"
-        for folder in subfolders(source, prefix)
-        if folder in _SPLITS
-    }
+    folders = [f for f in subfolders(source, prefix) if f in _SPLITS]
+    found = {_SPLITS[folder]: f"{prefix}{folder}/" for folder in folders}
+    if len(found) < len(folders):
+        raise SourceError(
+            f"{source.path} has two folders of one split: {', '.join(folders)}"
+        )
     if found and "train" not in found:
         raise SourceError(
             f"{source.path} has folders of splits ({', '.join(found.values())}), but "
@@ -105,11 +106,10 @@ def divide(
             "examples to test on, such as --test-fraction 0.2"
         )
     groups = defaultdict(list)
-    for item in items:
+    for item in shuffled(items):
         groups[group(item)].append(item)
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     for members in groups.values():
-        members.sort(key=lambda item: hashlib.sha256(item.key.encode()).digest())
         count = round(len(members) * fraction)
         splits["test"] += members[:count]
         splits["train"] += members[count:]
@@ -127,14 +127,13 @@ def match(
       masks: prefix of the label images.
       bad: told of files without their counterpart.
     """
-    by_stem = {
-        prefix: {
-            PurePosixPath(name.removeprefix(prefix)).with_suffix(""): name
-            for name in source.names
-            if name.startswith(prefix) and is_image(name)
-        }
-        for prefix in (photos, masks)
-    }
+    by_stem: dict[str, dict[PurePosixPath, str]] = {photos: {}, masks: {}}
+    for prefix, found in by_stem.items():
+        for name in source.names:
+            if name.startswith(prefix) and is_image(name):
+                stem = PurePosixPath(name.removeprefix(prefix)).with_suffix("")
+                if found.setdefault(stem, name) != name:
+                    bad(name, f"has the name of {found[stem]}")
     for prefix, other, what in ((photos, masks, "mask"), (masks, photos, "image")):
         for stem in by_stem[prefix].keys() - by_stem[other].keys():
             bad(by_stem[prefix][stem], f"has no {what}; expected {other}{stem}.*")
@@ -180,7 +179,9 @@ def read(source: Source, name: str) -> bytes:
 def read_lines(source: Source, name: str) -> list[str]:
     """The lines of a text file that are not empty."""
     try:
-        lines = read(source, name).decode().splitlines()
-    except (BadFileError, UnicodeDecodeError) as error:
+        lines = read(source, name).decode("utf-8-sig").splitlines()
+    except BadFileError as error:
         raise SourceError(f"{source.path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{source.path}: {name} is not UTF-8: {error}") from None
     return [line.strip() for line in lines if line.strip()]

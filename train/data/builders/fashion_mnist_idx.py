@@ -50,9 +50,9 @@ class FashionMnistIdx(ImageBuilder):
 def _items(source: Source, stem: str) -> list[Item]:
     images = _read_idx(source, f"{stem}-images-idx3-ubyte", (_SIDE, _SIDE))
     labels = _read_idx(source, f"{stem}-labels-idx1-ubyte", ())
-    if len(images) != len(labels) or labels.max() >= len(_CLASSES):
+    if len(images) != len(labels) or labels.max(initial=0) >= len(_CLASSES):
         raise SourceError(
-            f"{source.path}: {len(labels)} labels up to {labels.max()} for "
+            f"{source.path}: {len(labels)} labels up to {labels.max(initial=0)} for "
             f"{len(images)} images of {stem}; expected as many, below {len(_CLASSES)}"
         )
 
@@ -70,11 +70,11 @@ def _read_idx(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
     zipped = any(file.endswith(f"{name}.gz") for file in source.names)
     name += ".gz" * zipped
     file = _layout.find_root(source, name) + name
-    stream = io.BytesIO(_layout.read(source, file))
-    if zipped:
-        stream = gzip.GzipFile(fileobj=stream)
     dimensions = 1 + len(shape)
     try:
+        stream = io.BytesIO(_layout.read(source, file))
+        if zipped:
+            stream = gzip.GzipFile(fileobj=stream)
         header = stream.read(4 + 4 * dimensions)
         zeros, kind, rank = struct.unpack(">HBB", header[:4])
         count, *found = struct.unpack(f">{dimensions}I", header[4:])
@@ -84,7 +84,14 @@ def _read_idx(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
         content = stream.read(size + 1)
         if len(content) != size:
             raise ValueError(f"it does not hold the {size:,} bytes its header says")
-    except (struct.error, ValueError, EOFError, OSError, zlib.error) as error:
+    except (
+        struct.error,
+        ValueError,
+        EOFError,
+        OSError,
+        zlib.error,
+        MemoryError,
+    ) as error:
         expected = "x".join(("N", *map(str, shape)))
         raise SourceError(
             f"{source.path}: {file} is not an IDX file of {expected} unsigned bytes: "

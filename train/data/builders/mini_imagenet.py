@@ -1,6 +1,7 @@
 """Mini-ImageNet: a folder of images, and lists of splits."""
 
 import csv
+from collections import defaultdict
 from pathlib import PurePosixPath
 
 import tensorflow_datasets as tfds
@@ -41,14 +42,18 @@ class MiniImagenet(ImageBuilder):
         classes = sorted({label for split in rows.values() for _, label in split})
         labels = {name: i for i, name in enumerate(classes)}
         self.info.features["label"].names = classes
-        place = {PurePosixPath(name).name: name for name in source.names}
-        return {
-            split: [
-                _layout.labelled(source, place.get(file, file), labels[label])
-                for file, label in found
-            ]
-            for split, found in rows.items()
-        }
+        places = defaultdict(list)
+        for name in source.names:
+            places[PurePosixPath(name).name].append(name)
+        items: dict[str, list[Item]] = {split: [] for split in rows}
+        for split, found in rows.items():
+            for file, label in found:
+                name, *others = places.get(file, [file])
+                if others:
+                    self._bad(file, f"there are {name} and {', '.join(others)}")
+                else:
+                    items[split].append(_layout.labelled(source, name, labels[label]))
+        return items
 
 
 def _read_csv(source: Source, name: str) -> list[tuple[str, str]]:

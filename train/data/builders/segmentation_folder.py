@@ -39,6 +39,10 @@ class SegmentationFolder(ImageBuilder):
         """
         self._classes = list(classes or ())
         self._ignore_label = ignore_label
+        if len(set(self._classes) - {""}) < len(self._classes):
+            raise UsageError(
+                f"classes must have different names, got {', '.join(self._classes)}"
+            )
         if not len(self._classes) <= ignore_label <= 255:
             raise UsageError(
                 f"ignore label must lie from the number of classes, "

@@ -1,0 +1,383 @@
+"""Image files: kept if sound, converted if need be, refused with the reason if not."""
+
+import io
+import random
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from train.data._images import (
+    BadFileError,
+    Photo,
+    check_mask,
+    check_photo,
+    decode,
+    encode_png,
+)
+
+WIDTH, HEIGHT = 12, 8
+PIXELS = np.kron(
+    np.random.default_rng(0).integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), np.uint8),
+    np.ones((4, 4, 1), np.uint8),
+)
+
+
+def picture(mode="RGB"):
+    image = Image.fromarray(PIXELS).convert(mode)
+    if mode.endswith("A"):
+        image.putalpha(128)
+    return image
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated(orientation, kind="JPEG", **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(), kind, exif=exif, **options)
+
+
+def png(depth, color, raw, size=(2, 1)):
+    """A PNG of any depth, and of any size that it only claims to have."""
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0)
+    for kind, data in (
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    ):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    return content
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(picture(), "JPEG"),
+        encoded(picture(), "JPEG", progressive=True),
+        encoded(picture(), "PNG"),
+        encoded(picture(), "WEBP"),
+        rotated(1),
+    ],
+    ids=["jpeg", "progressive", "png", "webp", "upright by exif"],
+)
+def test_a_plain_file_is_kept_byte_for_byte(data):
+    assert check_photo(data, "a") == Photo(data, (WIDTH, HEIGHT))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_one_channel_is_kept_where_one_is_asked_for(kind):
+    image = picture("L") if kind != "WEBP" else picture()
+    data = encoded(image, kind)
+    photo = check_photo(data, "a", channels=1)
+    assert (photo.data == data) == (kind != "WEBP")
+    with Image.open(io.BytesIO(photo.data)) as kept:
+        assert kept.mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("L", "PNG"),
+        ("L", "JPEG"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("CMYK", "JPEG"),
+    ],
+)
+def test_other_colour_modes_are_converted(mode, kind):
+    data = encoded(picture(mode), kind)
+    photo = check_photo(data, "a")
+    assert photo.size == (WIDTH, HEIGHT)
+    with Image.open(io.BytesIO(photo.data)) as kept:
+        assert (kept.format, kept.mode) == ("PNG", "RGB")
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(decode(photo.data, 3), expected)
+
+
+def test_a_palette_with_transparency_is_converted_without_a_warning():
+    image = Image.fromarray(np.uint8([[0, 1], [1, 0]])).convert("P")
+    image.putpalette([9, 8, 7, 60, 50, 40])
+    data = encoded(image, transparency=b"\x00\x7f")
+    first, second = [9, 8, 7], [60, 50, 40]
+    expected = [[first, second], [second, first]]
+    np.testing.assert_array_equal(decode(check_photo(data, "a").data, 3), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_photos_are_turned_as_their_exif_says(orientation, kind):
+    data = rotated(orientation, kind, **{"lossless": True} if kind == "WEBP" else {})
+    photo = check_photo(data, "a")
+    turned = orientation >= 5
+    assert photo.size == ((HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(decode(photo.data, 3), upright)
+    assert Image.open(io.BytesIO(photo.data)).getexif().get(0x0112, 1) == 1
+    if orientation == 6 and kind != "JPEG":  # by hand: the top of the scene is left
+        np.testing.assert_array_equal(upright, np.rot90(PIXELS, -1))
+
+
+def test_the_first_of_several_pictures_is_taken():
+    other = Image.new("RGB", (WIDTH, HEIGHT))
+    data = encoded(picture(), "MPO", save_all=True, append_images=[other])
+    photo = check_photo(data, "a")  # as many phones write
+    assert photo.data == data
+    expected = encoded(picture(), "JPEG")
+    np.testing.assert_array_equal(decode(photo.data, 3), decode(expected, 3))
+
+
+@pytest.mark.parametrize(
+    ("color", "channels"),
+    [(0, 1), (2, 3), (4, 2), (6, 4)],
+    ids=["L", "RGB", "LA", "RGBA"],
+)
+def test_sixteen_bits_are_refused(color, channels):
+    data = png(16, color, bytes(1 + 2 * 2 * channels))
+    with pytest.raises(BadFileError, match=r"^a\.png: 16 bits .*expected 8 bits"):
+        check_photo(data, "a.png")
+
+
+SOUND = {
+    "jpeg": encoded(picture(), "JPEG"),
+    "progressive": encoded(picture(), "JPEG", progressive=True),
+    "png": encoded(picture(), "PNG"),
+    "webp": encoded(picture(), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", SOUND)
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+def test_a_file_cut_off_is_refused(kind, share):
+    data = SOUND[kind]
+    with pytest.raises(BadFileError, match=r"^cat/a: .*expected JPEG, PNG, WEBP"):
+        check_photo(data[: int(share * len(data))], "cat/a")
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_file_cut_off_anywhere_never_loses_pixels(kind):
+    """PIL reads a PNG that lacks no more than its checksum and its end."""
+    data = SOUND[kind]
+    accepted = []
+    for length in range(len(data)):
+        try:
+            accepted.append(check_photo(data[:length], "a").data)
+        except BadFileError:
+            continue
+    assert len(accepted) < 25
+    for part in accepted:
+        np.testing.assert_array_equal(decode(part, 3), decode(data, 3))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image at all",
+        b"<html><body>404 Not Found</body></html>",
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        encoded(picture(), "GIF"),
+        encoded(picture(), "BMP"),
+        encoded(picture(), "TIFF"),
+        encoded(picture(), "PPM"),
+    ],
+    ids=[
+        "empty",
+        "text",
+        "html",
+        "jpeg-header",
+        "png-header",
+        "gif",
+        "bmp",
+        "tiff",
+        "ppm",
+    ],
+)
+def test_other_files_are_refused(data):
+    with pytest.raises(BadFileError, match=r"^a\.jpg: .*expected JPEG, PNG, WEBP") as e:
+        check_photo(data, "a.jpg")
+    assert e.value.file == "a.jpg"
+
+
+# PIL warns above its limit and raises above twice that.
+BOMBS = {"warned of": (10_000, 10_000), "an error": (50_000, 50_000)}
+
+
+@pytest.mark.parametrize("size", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_before_it_is_unpacked(size):
+    data = png(8, 2, bytes(1000), size)
+    assert len(data) < 200
+    with pytest.raises(BadFileError, match=r"expected at most 89,478,485 pixels"):
+        check_photo(data, "a.png")
+    with pytest.raises(BadFileError, match=r"expected at most 89,478,485 pixels"):
+        check_mask(data, "a.png", {0}, Photo(b"", size), "a.jpg")
+
+
+def test_bombs_are_refused_in_every_thread():
+    """Filters of warnings are shared by all threads."""
+    bombs = [png(8, 2, bytes(1000), size) for size in BOMBS.values()]
+    files = [*bombs, *SOUND.values()] * 100
+
+    def refused(data):
+        try:
+            check_photo(data, "a")
+        except BadFileError:
+            return True
+        return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as a user may have it
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(refused, files))
+    assert found == [data in bombs for data in files]
+
+
+def test_a_large_image_below_the_limit_is_accepted(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT)
+    assert check_photo(SOUND["png"], "a").data == SOUND["png"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(BadFileError, match=f"at most {WIDTH * HEIGHT - 1} pixels"):
+        check_photo(SOUND["png"], "a")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of what it passes over
+@pytest.mark.parametrize(
+    "data",
+    [
+        *SOUND.values(),
+        rotated(6),
+        rotated(6, "WEBP"),
+        encoded(picture("P"), transparency=bytes(range(99))),
+        encoded(picture(), "MPO", save_all=True, append_images=[picture()]),
+    ],
+    ids=[*SOUND, "exif", "exif-webp", "palette", "mpo"],
+)
+def test_damage_of_any_kind_is_refused_or_harmless(data):
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(damaged))
+            if rng.random() < 0.8:
+                damaged[place] = rng.choice((0, 255, rng.randrange(256)))
+            else:
+                del damaged[place : place + 3]
+        try:
+            photo = check_photo(bytes(damaged), "a")
+        except BadFileError:
+            refused += 1
+        else:
+            assert decode(photo.data, 3).shape == (*photo.size[::-1], 3)
+    assert refused > 20
+
+
+def test_damaged_exif_data_are_refused():
+    data = rotated(6, "WEBP")
+    damaged = data.replace(b"MM\0*", b"MM\0?")
+    assert damaged != data
+    with pytest.raises(BadFileError, match=r"^a\.webp: damaged EXIF data .*expected"):
+        check_photo(damaged, "a.webp")
+
+
+MASK = np.uint8([[0, 1, 2], [2, 1, 255]])
+LABELS = {0, 1, 2, 255}
+PHOTO = Photo(b"", (3, 2))
+
+
+def mask_of(array, mode=None):
+    image = Image.fromarray(array)
+    if mode == "P":
+        image = image.convert("P")
+        image.putpalette([200, 100, 50] * 256)  # colours say nothing of classes
+    return encoded(image)
+
+
+def check(data, labels=None, photo=PHOTO):
+    return check_mask(data, "m/a.png", labels or LABELS, photo, "p/a.jpg")
+
+
+def test_a_grey_mask_is_kept_byte_for_byte():
+    data = mask_of(MASK)
+    assert check(data) == data
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (mask_of(MASK, "P"), MASK),
+        (mask_of(MASK % 2 == 1), MASK % 2),
+        (encoded(Image.fromarray(MASK % 2).convert("P"), bits=1), MASK % 2),
+    ],
+    ids=["palette", "one bit", "palette of one bit"],
+)
+def test_indices_of_a_palette_and_bits_are_labels(data, expected):
+    checked = check(data)
+    with Image.open(io.BytesIO(checked)) as image:
+        assert (image.format, image.mode) == ("PNG", "L")
+    np.testing.assert_array_equal(decode(checked, 1)[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (mask_of(np.full((2, 3), 7, np.uint8)), "label values 7; expected only"),
+        (
+            mask_of(np.arange(6, dtype=np.uint8).reshape(2, 3) + 1),
+            "label values 3, 4, 5, 6; expected only 0-2, 255",
+        ),
+        (
+            mask_of(np.arange(6, dtype=np.uint8).reshape(2, 3) + 3),
+            r"label values 3, 4, 5, 6, 7, \.\.\.; expected only 0-2, 255",
+        ),
+        (mask_of(np.full((2, 3), 254, np.uint8), "P"), "label values 254; expected"),
+        (mask_of(MASK.T.copy()), r"2x3 pixels; expected 3x2 as p/a\.jpg"),
+        (mask_of(np.zeros((1, 1), np.uint8)), r"1x1 pixels; expected 3x2"),
+        (encoded(Image.new("RGB", (3, 2))), "mode RGB; expected one channel"),
+        (encoded(Image.new("RGBA", (3, 2))), "mode RGBA; expected one channel"),
+        (encoded(Image.new("LA", (3, 2))), "mode LA; expected one channel"),
+        (encoded(Image.fromarray(MASK.astype(np.uint16))), "mode I;16; expected one"),
+        (encoded(Image.fromarray(MASK), "JPEG"), "not an image .*expected PNG"),
+        (encoded(Image.fromarray(MASK), "BMP"), "not an image .*expected PNG"),
+        (b"text", "not an image .*expected PNG"),
+        (mask_of(MASK)[:50], "expected PNG"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(data, message):
+    with pytest.raises(BadFileError, match=rf"^m/a\.png: .*{message}"):
+        check(data)
+
+
+def test_labels_are_listed_in_ranges():
+    mask = mask_of(np.full((2, 3), 99, np.uint8))
+    with pytest.raises(BadFileError, match=r"expected only 0, 2-4, 7-8, 11"):
+        check(mask, {0, 2, 3, 4, 7, 8, 11})
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decoding_gives_bytes_of_the_channels_asked_for(mode, channels):
+    image = picture(mode)
+    array = decode(encoded(image), channels)
+    assert (array.shape, array.dtype) == ((HEIGHT, WIDTH, channels), np.uint8)
+    expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    np.testing.assert_array_equal(array.squeeze(), expected)
+
+
+def test_encoding_loses_nothing():
+    np.testing.assert_array_equal(decode(encode_png(picture()), 3), PIXELS)
