@@ -289,7 +289,7 @@ def _tf_batches(train: data.Split, subject: Subject) -> Iterator[Any]:
     stream = stream.shuffle(num).repeat()
     stream = stream.map(load, num_parallel_calls=tf.data.AUTOTUNE)
     stream = stream.batch(subject.batch_size, drop_remainder=True)
-    yield from stream.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    yield from stream.prefetch(2).as_numpy_iterator()
 
 
 def _step_calls(

@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 _MODES = {1: "L", 3: "RGB"}
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")
 _PNG_DEPTH = 24  # place of the byte that has the bits per channel
 _ORIENTATION = 0x0112
 # PIL's decoders raise these on damaged files.
@@ -64,9 +63,8 @@ def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
       BadFileError: if it is no such file, damaged, too large, or of 16 bits.
     """
     image = open_image(data, file, ("JPEG", "PNG", "WEBP"))
-    deep = image.format == "PNG" and data[_PNG_DEPTH] > 8
-    if deep or image.mode in _DEEP_MODES:
-        raise BadFileError(file, "16 bits or more; expected 8 bits per channel")
+    if image.format == "PNG" and data[_PNG_DEPTH] > 8:
+        raise BadFileError(file, "16 bits; expected 8 bits per channel")
     try:
         upright = image.getexif().get(_ORIENTATION, 1) == 1
         if upright and image.mode == _MODES[channels]:

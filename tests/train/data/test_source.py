@@ -356,12 +356,17 @@ def test_a_linked_folder_is_opened(tree, tmp_path, opened):
     assert opened(tmp_path / "link") == (FILES, FOLDERS)
 
 
+def test_what_is_no_file_in_a_folder_is_left_out(tree, tmp_path):
+    os.mkfifo(tree / "train" / "pipe.jpg")
+    with open_source(tree, tmp_path, silent) as source:
+        assert source.names == tuple(sorted(FILES))
+
+
 def test_links_that_lead_back_or_nowhere_are_left_out(tree, opened):
     (tree / "train" / "up").symlink_to(tree)
     (tree / "train" / "cat" / "self").symlink_to(tree / "train" / "cat")
     (tree / "train" / "nothing.jpg").symlink_to(tree / "not there")
     (tree / "train" / "loop.jpg").symlink_to(tree / "train" / "loop.jpg")
-    os.mkfifo(tree / "train" / "pipe.jpg")
     assert opened(tree) == (FILES, FOLDERS)
 
 
