@@ -21,6 +21,8 @@ def main() -> None:
         app.cli(prog="python -m benchmarks", description="Measure what helps.")
     except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def main() -> None:
         app.cli(prog="python -m train", description="Train networks with the tricks.")
     except (UsageError, NonFiniteLossError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -234,15 +234,20 @@ def fit(
     """
     state = program.init(key)
     with contextlib.closing(program.feeds(_split_keys(key).order, 0)) as feeds:
+        flight = 1
         for epoch in range(1, epochs + 1):
             first_step = program.steps_before(epoch - 1)
             start, logged = time.perf_counter(), []
-            for flight in _flights(program.steps_before(epoch) - first_step):
+            steps = program.steps_before(epoch) - first_step
+            while len(logged) < steps:
+                launched = time.perf_counter()
+                flight = min(flight, steps - len(logged))
                 for _ in range(flight):
                     state, scalars = program.step(state, next(feeds))
                     logged.append(scalars)
                 jax.block_until_ready(logged[-1])
                 on_steps(flight)
+                flight = _next_flight(flight, time.perf_counter() - launched)
             seconds = time.perf_counter() - start
             logged = jax.device_get(logged)
             on_epoch(
@@ -267,9 +272,9 @@ def _split_keys(key: jax.Array) -> _Keys:
     return _Keys(model_key, order_key, *jax.random.split(rest))
 
 
-def _flights(steps: int) -> Iterator[int]:
-    for start in range(0, steps, _STEPS_IN_FLIGHT):
-        yield min(_STEPS_IN_FLIGHT, steps - start)
+def _next_flight(flight: int, seconds: float) -> int:
+    """As many steps as take a second, so that progress is seen to move."""
+    return max(1, min(_STEPS_IN_FLIGHT, 2 * flight, int(flight / seconds)))
 
 
 def _epoch_record(

@@ -10,12 +10,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WIDE = 100
 
 
 class Reporter:
@@ -92,15 +93,17 @@ def shown_on(console: Console) -> Progress:
         if not console.is_terminal:
             yield _Lines(text, total, console)
             return
+        # Where the terminal is narrow the text gives way, not the time left.
+        text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=text),
+            *([BarColumn(bar_width=20)] if console.width >= _WIDE else []),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
         )
-        with RichProgress(*columns, console=console, transient=True) as bar:
+        shown = RichProgress(*columns, console=console, transient=True, expand=True)
+        with shown as bar:
             yield _Bar(text, total, bar)
 
     return progress

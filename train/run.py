@@ -45,7 +45,7 @@ def train(
         folder.start()
         records: list[Record] = []
         total = program.steps_before(config.epochs)
-        with shown_on(console)("training", total) as reporter:
+        with shown_on(console)(f"epoch 1/{config.epochs}", total) as reporter:
 
             def on_epoch(record: Record) -> None:
                 records.append(record)

@@ -119,6 +119,7 @@ def open_run_folder(
     config = json.loads(json.dumps(config, default=str))
     path = path or _new_path(name)
     lock = filelock.FileLock(path / ".lock", timeout=0)
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -136,6 +137,10 @@ def open_run_folder(
         yield RunFolder(path, config)
     finally:
         lock.release()
+        if new and not (path / _CONFIG).exists():  # nothing came of it
+            (path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _new_path(name: str) -> Path:

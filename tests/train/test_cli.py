@@ -54,6 +54,7 @@ def test_a_run_leaves_its_folder(tmp_path):
         (("--tricks", "rndom"), "unknown trick 'rndom'; known: random"),
         (("--augment", "mirrored"), "unknown augmentation 'mirrored'; known: pad_crop"),
         (("--image-size", "0x3"), "'0x3' is no size: write 224, or 360x480"),
+        (("--image-size", "32x0"), "'32x0' is no size: write 224, or 360x480"),
         (("--input", "disk"), "invalid choice 'disk' for argument '--input'"),
         (("--model", "resnet9"), "resnet110"),
         (("--learning-rate", "-1"), "learning rate must be above 0, got -1.0"),
@@ -106,6 +107,28 @@ def test_a_stream_trains_to_the_same_numbers(monkeypatch, tmp_path):
         run(monkeypatch, "classification", *arguments, "--run-dir", folder)
         losses.append(json.loads((folder / "summary.json").read_text())["train_loss"])
     assert losses[0] == losses[1]
+
+
+def test_what_cannot_be_trained_leaves_no_folder(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="unknown dataset"):
+        run(
+            monkeypatch,
+            "classification",
+            "--dataset",
+            "digit",
+            "--run-dir",
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_is_one_word(monkeypatch, tmp_path):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_run, "fit", interrupt)
+    with pytest.raises(SystemExit, match=r"^interrupted$"):
+        run(monkeypatch, "classification", "--run-dir", tmp_path / "run")
 
 
 def test_an_unwritable_folder_fails_before_training(monkeypatch, tmp_path):

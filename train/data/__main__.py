@@ -11,6 +11,7 @@ import tyro
 from absl import logging
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tyro.extras import SubcommandApp
 
@@ -42,7 +43,7 @@ def list_datasets(data_dir: DataDir = None) -> None:
         table.add_row(shown, builder.__doc__.partition("\n")[0])
     table.add_row(
         "cifar10, cifar100, imagenet2012, ...",
-        "the TFDS catalogue: https://www.tensorflow.org/datasets/catalog",
+        "the catalogue of tensorflow-datasets",
     )
     console.print(table)
     where = data_dir or data.default_data_dir()
@@ -153,9 +154,10 @@ def _frequencies(
 ) -> Table:
     table = Table("value", "class", box=box.SIMPLE_HEAD)
     for split in measured:
-        table.add_column(f"{split}, % of {'pixels' if key == 'mask' else 'examples'}")
+        of = "examples" if key == "label" else "pixels"
+        table.add_column(f"{split}, % of {of}")
     shares = {
-        split: np.asarray(found.counts[key]) / sum(found.counts[key])
+        split: np.asarray(found.counts[key]) / max(1, sum(found.counts[key]))
         for split, found in measured.items()
     }
     for value in range(max(map(len, shares.values()))):
@@ -165,7 +167,7 @@ def _frequencies(
         ]
         known = value < len(dataset.class_names)
         if known or any(float(cell) for cell in cells):
-            name = dataset.class_names[value] if known else "(ignored)"
+            name = escape(dataset.class_names[value]) if known else "(ignored)"
             table.add_row(str(value), name, *cells)
     return table
 
@@ -193,6 +195,10 @@ def show(
     """
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
+    if seed < 0:
+        raise UsageError(f"seed must be 0 or more, got {seed}")
+    if output is not None and output.suffix != ".png":
+        raise UsageError(f"output must be a file NAME.png, got {output}")
     found = data.open_prepared(name, data_dir=data_dir, progress=progress)
     if split not in found.sources:
         raise UsageError(
@@ -207,7 +213,7 @@ def show(
     path = output or Path(f"{name.replace('/', '-')}-{split}.png")
     title = f"{name}, {count} of {len(source):,} in {split}"
     if "label" in fields:
-        labels, names = arrays["label"], found.class_names
+        labels, names = arrays["label"], (*found.class_names, "unlabelled")  # is -1
         contact_sheet.labelled(arrays["image"], labels, names, path, title=title)
     elif "mask" in fields:
         contact_sheet.segmented(
@@ -235,6 +241,8 @@ def main() -> None:
         app.cli(prog="python -m train.data", description="Prepare and see datasets.")
     except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class BadFilesError(UsageError):
 
     def __init__(self, source: object, errors: Sequence[BadFileError]):
         super().__init__(
-            f"{summarize(errors)} in {source}\nmend or remove them, or leave them out "
+            f"{source} has {summarize(errors)}\nmend or remove them, or leave them out "
             "with --skip-bad"
         )
         self.errors = errors

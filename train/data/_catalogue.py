@@ -1,6 +1,7 @@
 """Datasets by name: where they lie, and how they are prepared."""
 
 import importlib.util
+import inspect
 import os
 import re
 import socket
@@ -120,21 +121,23 @@ def prepare(
         _prepare_by_tfds(name, source, data_dir)
         return None
     if own.NEEDS_SOURCE and source is None:
-        raise UsageError(_how_to_prepare(name))
+        raise UsageError(f"{name} needs its files: {_how_to_prepare(name)}")
     if source is not None and not own.NEEDS_SOURCE:
         raise UsageError(f"{name} is made from what is installed: leave out --source")
-    try:
-        builder = own(
-            data_dir=data_dir,
-            config=config,
-            source=source,
-            progress=progress,
-            **options,
-        )
-    except TypeError as error:
-        raise UsageError(
-            f"{name} does not take {', '.join(options)} ({error})"
-        ) from None
+    taken = {
+        option
+        for kind in (own, ImageBuilder)
+        for option in inspect.signature(kind.__init__).parameters
+    }
+    if others := options.keys() - taken:
+        raise UsageError(f"{name} does not take {', '.join(sorted(others))}")
+    builder = own(
+        data_dir=data_dir,
+        config=config,
+        source=source,
+        progress=progress,
+        **options,
+    )
     builder.download_and_prepare()
     return builder
 

@@ -1,6 +1,7 @@
 """What a dataset is to the tasks: named splits of examples, decoded to one size."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from train.progress import Progress, silent
 
 Arrays = dict[str, np.ndarray]
 _BYTES_AT_ONCE = 1 << 22
+_MAX_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +169,7 @@ class Split:
         if not all(path.exists() for path in paths.values()):
             whole = dataclasses.replace(self, rows=range(num_records))
             at_once = max(1, _BYTES_AT_ONCE * num_records // whole.num_bytes)
+            at_once = min(at_once, _MAX_AT_ONCE)  # what is read may be far larger
             starts = range(0, num_records, at_once)
 
             def read(start: int) -> Arrays:
@@ -228,7 +231,8 @@ class Dataset:
         """
         if name not in self.splits:
             raise UsageError(
-                f"{self.name} has no split {name!r}; it has {', '.join(self.splits)}"
+                f"{self.name} has no split {name!r}; it has {', '.join(self.splits)} "
+                "(--evaluate-on validation takes that, or a part of train)"
             )
         return self.splits[name]
 
@@ -241,6 +245,6 @@ class Dataset:
         if "validation" in self.splits:
             return self
         train = self.split("train")
-        n = round(len(train) * (1 - fraction))
+        n = len(train) - math.ceil(len(train) * fraction)
         parts = {"train": train.part(0, n), "validation": train.part(n, len(train))}
         return dataclasses.replace(self, splits={**self.splits, **parts})

@@ -137,7 +137,7 @@ def open_prepared(
         folder=folder,
         info=builder.info,
         sources={s: builder.as_data_source(s, decoders=encoded) for s in splits},
-        tasks=_tasks(name, builder.info.features, direction),
+        tasks=_tasks(name, dict(builder.info.features.items()), direction),
     )
 
 
@@ -175,6 +175,10 @@ def load(
     found = open_prepared(
         name, direction=direction, data_dir=data_dir, progress=progress
     )
+    if "train" not in found.sources:
+        raise UsageError(
+            f"{name} has nothing to train on; it has {', '.join(found.sources)}"
+        )
     fields = found.fields(task)
     measured = found.statistics(progress)
     task = task or next(iter(found.tasks))
@@ -193,6 +197,8 @@ def load(
             rows=range(len(records)),
         )
         for split, records in found.sources.items()
+        # Test images of the catalogue may come without labels.
+        if all(map(any, measured[split].counts.values()))
     }
     image = next(field.key for field in fields.values() if field.kind == "image")
     return Dataset(
@@ -217,10 +223,12 @@ def _tasks(
         return Field(feature=feature, kind="image", channels=channels, half=half)
 
     tasks = {}
+    feature = features.get("label")
+    has_classes = isinstance(feature, tfds.features.ClassLabel) and feature.num_classes
     if {"image", "mask"} <= features.keys():
         mask = Field(feature="mask", kind="mask")
         tasks["segmentation"] = {"image": image("image"), "mask": mask}
-    elif {"image", "label"} <= features.keys():
+    elif has_classes and "image" in features and features["image"].shape[-1] in (1, 3):
         label = Field(feature="label", kind="label")
         tasks["classification"] = {"image": image("image"), "label": label}
     elif name.startswith("cityscapes"):

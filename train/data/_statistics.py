@@ -9,14 +9,15 @@ from typing import Any
 
 import filelock
 import numpy as np
+from PIL import Image
 
 from train.data._builder import map_threads
 from train.progress import Progress
 
 _FILE = "statistics.json"
 _MAX_MEASURED = 60_000
-_MAX_LABELS = 1 << 15
-_AT_ONCE = 32
+_MAX_LABELS = 1 << 15  # more than any dataset has
+_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,12 +88,15 @@ def _measure(
     chunks = [rows[i : i + _AT_ONCE] for i in range(0, num_measured, _AT_ONCE)]
 
     def count(rows: list[int]) -> tuple[dict[str, np.ndarray], set[tuple[int, int]]]:
-        examples = source.__getitems__(rows)
-        arrays = {
-            key: [field.read(x) for x in examples] for key, field in fields.items()
-        }
-        sizes = {x.shape[:2] for found in arrays.values() for x in found if x.ndim}
-        return {key: _histogram(found) for key, found in arrays.items()}, sizes
+        histograms: dict[str, np.ndarray] = {}
+        sizes: set[tuple[int, int]] = set()
+        for example in source.__getitems__(rows):  # one at a time: photos may be large
+            for key, field in fields.items():
+                array = field.read(example)
+                histograms[key] = histograms.get(key, 0) + _histogram(array)
+                if array.ndim:
+                    sizes.add(array.shape[:2])
+        return histograms, sizes
 
     histograms: dict[str, np.ndarray] = {}
     sizes: set[tuple[int, int]] = set()
@@ -123,13 +127,14 @@ def _measure(
     )
 
 
-def _histogram(arrays: list[np.ndarray]) -> np.ndarray:
+def _histogram(array: np.ndarray) -> np.ndarray:
     """How often each value occurs in each channel: (channels, values)."""
-    if arrays[0].ndim == 0:
-        return np.bincount(np.stack(arrays), minlength=_MAX_LABELS)[None]
-    channels = arrays[0].shape[2] if arrays[0].ndim == 3 else 1
-    columns = np.concatenate([array.reshape(-1, channels) for array in arrays]).T
-    return np.stack([np.bincount(column, minlength=256) for column in columns])
+    if array.ndim:
+        image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+        return np.reshape(image.histogram(), (-1, 256))
+    # Below 0 there is no label, as test images of the catalogue may have none.
+    labels = array[None]
+    return np.bincount(labels[labels >= 0], minlength=_MAX_LABELS)[None]
 
 
 def _moments(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -35,9 +35,10 @@ def _parse_size(arguments: list[str]) -> tuple[int, int] | None:
     if arguments[0] == "None":
         return None
     height, _, width = arguments[0].partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal() and int(height)):
+    sides = (height, width or height)
+    if not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(f"{arguments[0]!r} is no size: write 224, or 360x480")
-    return int(height), int(width or height)
+    return int(sides[0]), int(sides[1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ class DataConfig:
             "mirror": lambda: augment.mirror(),
             "random_resized_crop": lambda: augment.random_resized_crop(size),
             "color_jitter": lambda: augment.color_jitter(),
-            "cutout": lambda: augment.cutout(size[0] // 2),
+            "cutout": lambda: augment.cutout(max(1, size[0] // 2)),
         }
         # What cutout leaves is then the mean colour, as its paper has it.
         names = [*(name for name in self.augment if name != "cutout")]

@@ -6,6 +6,7 @@ Small images keep crisp pixels; images of one sheet may differ in size and be gr
 
 import bisect
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -236,7 +237,7 @@ def _write_sheet(
     # what is drawn finds them.
     size = columns * (width + _GAP) - _GAP, rows * (height + above) - above
     figure = Figure(size, dpi=_DPI)
-    figure.suptitle(title, y=1 + (above + _GAP / 2) / size[1], va="bottom")
+    figure.suptitle(_plain(title), y=1 + (above + _GAP / 2) / size[1], va="bottom")
     if legend:
         _add_legend(figure, legend, y=-_GAP / size[1])
     grid = figure.add_gridspec(
@@ -256,8 +257,11 @@ def _write_sheet(
             _show(axes, image, width / across)
             if captions:
                 caption = _shortened(captions[i], width)
-                axes.set_title(caption, fontsize=_FONT_SIZE, pad=3)
-    figure.savefig(path, bbox_inches="tight", pad_inches=_GAP)
+                axes.set_title(_plain(caption), fontsize=_FONT_SIZE, pad=3)
+    with warnings.catch_warnings():
+        # A script that the font lacks: its names are boxes, the pictures are not.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, bbox_inches="tight", pad_inches=_GAP)
 
 
 def _layout(n: int, aspect: float) -> tuple[int, int]:
@@ -285,12 +289,13 @@ def _show(axes: Axes, image: np.ndarray, width: float) -> None:
 def _add_legend(figure: Figure, patches: Sequence[Patch], y: float) -> None:
     """Puts a legend below the figure, in as few rows as its width allows."""
     patch_width = 0.6  # with the space around it
-    for patch in patches:
-        patch.set_label(_shortened(patch.get_label(), figure.get_figwidth() / 3))
-    entry = patch_width + max(_text_width(patch.get_label()) for patch in patches)
+    room = figure.get_figwidth() / 3
+    labels = [_shortened(patch.get_label(), room) for patch in patches]
+    entry = patch_width + max(map(_text_width, labels))
     rows = math.ceil(len(patches) / max(1, int(figure.get_figwidth() / entry)))
     figure.legend(
         handles=patches,
+        labels=[_plain(label) for label in labels],
         ncols=math.ceil(len(patches) / rows),
         loc="upper center",
         bbox_to_anchor=(0.5, y),
@@ -299,6 +304,11 @@ def _add_legend(figure: Figure, patches: Sequence[Patch], y: float) -> None:
         frameon=False,
         handlelength=1.4,
     )
+
+
+def _plain(text: str) -> str:
+    """Text in which a dollar does not begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _shortened(text: str, width: float) -> str:
@@ -312,4 +322,4 @@ def _shortened(text: str, width: float) -> str:
 
 def _text_width(text: str) -> float:
     """Width of text on the sheet in inches."""
-    return TextPath((0, 0), text, size=_FONT_SIZE).get_extents().width / 72
+    return TextPath((0, 0), _plain(text), size=_FONT_SIZE).get_extents().width / 72

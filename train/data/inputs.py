@@ -72,7 +72,7 @@ class Shuffled:
         if not 0 < self.batch_size <= self.num_examples:
             raise UsageError(
                 f"batch size {self.batch_size} must be from 1 to the "
-                f"{self.num_examples} training examples"
+                f"{self.num_examples} training examples: choose another --batch-size"
             )
 
     def steps_before(self, epoch: int) -> int:
@@ -234,6 +234,8 @@ class Stream:
           process_index: number of this JAX process; JAX's own if unset.
           process_count: how many there are; JAX's own if unset.
         """
+        if num_workers is not None and num_workers < 0:
+            raise UsageError(f"workers must be 0 or more, got {num_workers}")
         self.num_examples = len(split)
         self._split = split
         self._num_workers = default_workers() if num_workers is None else num_workers
@@ -256,7 +258,10 @@ class Stream:
             if not absl.flags.FLAGS.is_parsed():
                 absl.flags.FLAGS.mark_as_parsed()  # Grain reads one to start processes
             options = grain.MultiprocessingOptions(num_workers=self._num_workers)
-            stream = stream.mp_prefetch(options)
+            # A copy lets go of the memory that is shared with the process at once.
+            stream = stream.mp_prefetch(options).map(
+                functools.partial(jax.tree.map, np.array)
+            )
         stream = grain.experimental.device_put(
             stream, jax.local_devices()[0], cpu_buffer_size=2, device_buffer_size=2
         )
@@ -313,10 +318,13 @@ class _Batches:
         rows = self.order.rows(self.first_step + index)
         rows = rows[self.process_index * size :][:size]
         there = rows >= 0
-        arrays = self.split.read(rows[there])
-        for name, array in arrays.items():
-            missing = np.zeros((size - len(array), *array.shape[1:]), array.dtype)
-            arrays[name] = np.concatenate([array, missing])
+        arrays = {
+            name: np.zeros((size, *shape), dtype)
+            for name, (shape, dtype) in self.split.reader.spec.items()
+        }
+        if there.any():
+            for name, array in self.split.read(rows[there]).items():
+                arrays[name][there] = array
         return arrays | {"weight": there.astype(np.float32)}
 
 

@@ -13,6 +13,7 @@ import models
 from train.data import augment
 from train.data.augment import Augmentation
 from train.data.config import DataConfig
+from train.errors import UsageError
 from train.loop import Metrics, Program, make_program
 from train.optimizers import OptimizerConfig
 from train.progress import Progress, silent
@@ -100,6 +101,8 @@ class Classification:
 def build(config: ClassificationConfig, progress: Progress = silent) -> Program:
     """Loads the data and compiles the run that a config describes."""
     dataset = config.data.load(NAME, progress)
+    if dataset.num_classes < 2:
+        raise UsageError(f"{dataset.name} has one class only: there is nothing to tell")
     train, test = config.data.open(dataset, progress)
     task = Classification(
         model=config.model,

@@ -222,6 +222,60 @@ def test_what_only_tensorflow_reads_is_refused(tmp_path):
         data.load("cifar10", data_dir=tmp_path)
 
 
+def labels(**kwargs):
+    return tfds.features.ClassLabel(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("features", "example", "message"),
+    [
+        (
+            {"image": image_feature(4), "label": labels(num_classes=3)},
+            {"image": Image.new("RGBA", (2, 2)), "label": 0},
+            "serves no task here: it holds image, label",
+        ),
+        (
+            {"image": image_feature(), "label": labels()},
+            {"image": Image.new("RGB", (2, 2)), "label": 0},
+            "serves no task here",
+        ),
+        (
+            {"image": image_feature(), "label": tfds.features.Sequence(np.int64)},
+            {"image": Image.new("RGB", (2, 2)), "label": [1, 2]},
+            "serves no task here",
+        ),
+    ],
+    ids=["four channels", "no class names", "several labels"],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path, features, example, message):
+    prepare_elsewhere(tmp_path, "cars196", features, [example])
+    with pytest.raises(UsageError, match=message):
+        data.load("cars196", data_dir=tmp_path)
+
+
+def test_unlabelled_images_are_in_no_class(tmp_path):
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(3)]
+    examples = [
+        {"image": image, "label": label}
+        for image, label in zip(images, (-1, 2, 2), strict=True)
+    ]
+    features = {"image": image_feature(), "label": labels(num_classes=3)}
+    prepare_elsewhere(tmp_path, "cars196", features, examples)
+    found = data.open_prepared("cars196", data_dir=tmp_path).statistics()["train"]
+    assert found.counts["label"] == [0, 0, 2]
+    assert found.num_examples == 3
+    assert list(data.load("cars196", data_dir=tmp_path).splits) == ["train"]
+
+
+def test_a_split_without_any_label_is_left_out(tmp_path):
+    example = {"image": Image.new("RGB", (2, 2)), "label": -1}
+    features = {"image": image_feature(), "label": labels(num_classes=3)}
+    prepare_elsewhere(tmp_path, "cars196", features, [example])
+    dataset = data.load("cars196", data_dir=tmp_path)
+    with pytest.raises(UsageError, match="no split 'train'"):
+        dataset.split("train")
+
+
 def mixed_sizes(tmp_path, features, make):
     examples = [make(size) for size in ((40, 20), (10, 30))]
     prepare_elsewhere(tmp_path, "caltech_birds2011", features, examples)

@@ -63,6 +63,8 @@ def test_show_draws_what_a_task_needs(monkeypatch, capsys, tmp_path):
         (("show", "digits", "--split", "val"), "no split 'val'; it has train, test"),
         (("show", "digits", "--count", "0"), "count must be at least 1, got 0"),
         (("show", "digits", "--task", "segmentation"), "not for segmentation"),
+        (("show", "digits", "--seed", "-1"), "seed must be 0 or more, got -1"),
+        (("show", "digits", "--output", "x.txt"), "must be a file NAME.png, got x.txt"),
         (("info", "camvid"), "python -m train.data prepare camvid --source PATH"),
         (("prepare", "camvid"), "prepare camvid --source PATH"),
         (("prepare", "camvid", "--source", "nowhere"), "no folder or archive nowhere"),

@@ -208,6 +208,14 @@ def test_sheets_have_a_size_to_look_at(path, count):
     assert share(read(path), RED) > 0.6
 
 
+def test_names_are_no_formulas_and_of_any_script(path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    names = ["$5_10^$ x", "犬", "a$b"]
+    contact_sheet.labelled([image] * 3, [0, 1, 2], names, path, title="$x$ 犬")
+    masks = [np.arange(64, dtype=np.uint8).reshape(8, 8) % 3]
+    contact_sheet.segmented([image], masks, names, path, title="1$")
+
+
 def test_lengths_must_agree(path):
     images = [plain(RED)] * 2
     with pytest.raises(ValueError, match="zip"):

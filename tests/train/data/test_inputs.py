@@ -135,6 +135,21 @@ def test_processes_share_every_batch(split):
         three.feed_shapes(ORDERS["train"])
 
 
+def test_a_process_without_examples_gets_a_batch_of_nothing(split):
+    order = Sequential(5, 4)  # its last batch has one example, for two processes
+    way = Stream(split.part(0, 5), num_workers=0, process_index=1, process_count=2)
+    last = batches(way, order, 1, 1)[0]
+    assert last["weight"].tolist() == [0, 0]
+    assert last["image"].shape == (2, 8, 8, 1)
+
+
+def test_wrong_numbers_are_refused(split):
+    with pytest.raises(UsageError, match="workers must be 0 or more, got -1"):
+        Stream(split, num_workers=-1)
+    with pytest.raises(UsageError, match=r"20 must be from 1 to the 10 .*--batch-size"):
+        Shuffled((0,), 10, 20)
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches(split):
     order = ORDERS["train"]

@@ -1,7 +1,7 @@
 """Folder layouts that several builders share."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from train.data._builder import Example, Item, shuffled
@@ -60,7 +60,11 @@ def top_folder(source: Source, contents: int) -> str:
         below = subfolders(source, prefix)
         images = filter(is_image, source.names)
         depths = (name.removeprefix(prefix).count("/") for name in images)
-        if len(below) != 1 or below[0] in _SPLITS or min(depths, default=0) <= contents:
+        if (
+            len(below) != 1
+            or below[0].lower() in _SPLITS
+            or min(depths, default=0) <= contents
+        ):
             return prefix
         prefix += f"{below[0]}/"
 
@@ -71,11 +75,17 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
     Raises:
       SourceError: if there are some, but none to train on, or two of the same split.
     """
-    folders = [f for f in subfolders(source, prefix) if f in _SPLITS]
-    found = {_SPLITS[folder]: f"{prefix}{folder}/" for folder in folders}
+    below = subfolders(source, prefix)
+    folders = [folder for folder in below if folder.lower() in _SPLITS]
+    found = {_SPLITS[folder.lower()]: f"{prefix}{folder}/" for folder in folders}
     if len(found) < len(folders):
         raise SourceError(
             f"{source.path} has two folders of one split: {', '.join(folders)}"
+        )
+    if found and len(folders) < len(below):
+        others = ", ".join(sorted(set(below) - set(folders)))
+        raise SourceError(
+            f"{source.path} has other folders beside those of splits: {others}"
         )
     if found and "train" not in found:
         raise SourceError(
@@ -93,20 +103,36 @@ def check_fraction(fraction: float | None) -> float | None:
 
 
 def divide(
-    items: Iterable[Item], fraction: float | None, group: Callable[[Item], object]
+    items: dict[str, list[Item]],
+    folders: dict[str, str],
+    fraction: float | None,
+    group: Callable[[Item], object],
 ) -> dict[str, list[Item]]:
-    """Sets a share of every group apart for testing, chosen by hash of the key.
+    """Sets a share of every group apart for testing, where folders do not.
+
+    Args:
+      items: of each split; all of "train" if there are no folders.
+      folders: of the splits.
+      fraction: the share, of items in the order of their keys' hashes.
+      group: what an item belongs to.
 
     Raises:
-      SourceError: if the share is not declared.
+      SourceError: if there is neither a folder nor a share, or both.
     """
+    if folders and fraction is not None:
+        raise SourceError(
+            f"there are folders of splits ({', '.join(folders.values())}): leave out "
+            "--test-fraction, or merge them"
+        )
+    if folders:
+        return items
     if fraction is None:
         raise SourceError(
             "there are no folders of splits (train/, test/): declare the share of "
             "examples to test on, such as --test-fraction 0.2"
         )
     groups = defaultdict(list)
-    for item in shuffled(items):
+    for item in shuffled(items["train"]):
         groups[group(item)].append(item)
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     for members in groups.values():

@@ -57,11 +57,9 @@ class ImageFolder(ImageBuilder):
                 for file in by_class.get(name, [])
             ]
         self.info.features["label"].names = classes
-        if splits:
-            return items
         folder_of = {f: name for name, files in found["train"].items() for f in files}
         return _layout.divide(
-            items["train"], self._fraction, lambda item: folder_of[item.key]
+            items, splits, self._fraction, lambda item: folder_of[item.key]
         )
 
     def _by_class(self, source: Source, prefix: str) -> dict[str, list[str]]:

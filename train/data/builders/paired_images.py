@@ -48,9 +48,7 @@ class PairedImages(ImageBuilder):
             ]
             for split, prefix in (splits or {"train": root}).items()
         }
-        if splits:
-            return items
-        return _layout.divide(items["train"], self._fraction, lambda item: None)
+        return _layout.divide(items, splits, self._fraction, lambda item: None)
 
 
 def _pair(source: Source, name: str) -> Item:

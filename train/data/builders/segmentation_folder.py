@@ -80,9 +80,7 @@ class SegmentationFolder(ImageBuilder):
             ]
             for split, prefix in (splits or {"train": root}).items()
         }
-        if splits:
-            return items
-        return _layout.divide(items["train"], self._fraction, lambda item: None)
+        return _layout.divide(items, splits, self._fraction, lambda item: None)
 
 
 def _above(prefix: str) -> str:
