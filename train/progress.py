@@ -94,9 +94,9 @@ def shown_on(console: Console) -> Progress:
             yield _Lines(text, total, console)
             return
         # Where the terminal is narrow the text gives way, not the time left.
-        text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        flexible = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}", table_column=text),
+            TextColumn("{task.description}", table_column=flexible),
             *([BarColumn(bar_width=20)] if console.width >= _WIDE else []),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),

@@ -1,0 +1,41 @@
+"""Progress is seen on a terminal of any width, and without one."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from train import progress
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_time_left_is_seen_on_a_terminal_of_any_width(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    with progress.shown_on(console)("writing", 60) as reporter:
+        reporter.advance(30)
+        reporter.describe("epoch 6/8 loss 0.0090 accuracy 0.9686 1,718 images/s")
+        reporter.advance(20)
+    last = [line for line in file.getvalue().split("\r") if "50/60" in line]
+    assert last
+    assert "left" in last[-1]
+    assert "epoch 6/8" in last[-1]
+
+
+def test_plain_lines_come_now_and_then(monkeypatch):
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    file = io.StringIO()
+    console = Console(file=file, width=80)
+    with progress.shown_on(console)("writing", 10) as reporter:
+        for _ in range(10):
+            reporter.advance()
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "3/10, 28 s left: writing"
+    assert len(lines) == 3
+
+
+def test_silence_counts_too():
+    with progress.silent("writing", 10) as reporter:
+        reporter.advance(3)
+    assert reporter.done == 3
