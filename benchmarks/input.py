@@ -71,7 +71,7 @@ class Subject:
 
 
 class _Segmenter(nnx.Module):
-    """A small network at stride 8; a twentieth of the work of a PSPNet-50."""
+    """A small network at stride 8."""
 
     def __init__(self, num_classes: int, *, rngs: nnx.Rngs):
         sizes = itertools.pairwise((3, 32, 64, 128))

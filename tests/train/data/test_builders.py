@@ -424,10 +424,12 @@ def write_unsplit(root):
             paint(root / "abc"[label] / f"{number:02}.png", label, number)
 
 
-@pytest.mark.parametrize("wrap", ["", "flowers", "deep/flowers"])
-def test_a_share_of_every_class_is_set_apart(tmp_path, prepare, wrap):
-    write_unsplit(tmp_path / "source" / wrap)
-    prepare("image_folder", tmp_path / "source", test_fraction=0.2)
+@pytest.mark.parametrize(
+    ("fraction", "counts"), [(0.2, [4, 6, 1]), (0.4, [8, 12, 2]), (0.6, [12, 18, 3])]
+)
+def test_a_share_of_every_class_is_set_apart(tmp_path, prepare, fraction, counts):
+    write_unsplit(tmp_path / "source" / "deep" / "flowers")
+    prepare("image_folder", tmp_path / "source", test_fraction=fraction)
     dataset = data.load("image_folder/insects", data_dir=tmp_path / "prepared")
     assert set(dataset.splits) == {"train", "test"}
     train, test = set(seen(dataset, "train")), set(seen(dataset, "test"))
@@ -435,8 +437,8 @@ def test_a_share_of_every_class_is_set_apart(tmp_path, prepare, wrap):
     assert train | test == {
         (label, label, n) for label, count in enumerate(UNSPLIT) for n in range(count)
     }
-    assert np.bincount([label for label, _, _ in test]).tolist() == [4, 6, 1]
-    for label in range(3):  # at random, not the first or the last
+    assert np.bincount([label for label, _, _ in test]).tolist() == counts
+    for label in range(3):  # at random, not the first
         numbers = sorted(n for found, _, n in test if found == label)
         assert numbers != list(range(len(numbers)))
 

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from train import data
+from train.data._cache import write_arrays
 from train.errors import UsageError
+from train.progress import Reporter
 
 NAME = "image_folder/noise"
 SIZE = (200, 200)  # not the images' own, so that decoding takes its time
@@ -247,29 +249,42 @@ def test_the_last_moment_before_a_cache_is_there(undisturbed, copied):
 
 
 def at_once(work):
-    """Does the same in two processes."""
-    pair = [processes.Process(target=work) for _ in range(2)]
-    for process in pair:
+    """Does the same in three processes."""
+    started = [processes.Process(target=work) for _ in range(3)]
+    for process in started:
         process.start()
-    for process in pair:
+    for process in started:
         process.join()
-    return [process.exitcode for process in pair]
+    return {process.exitcode for process in started}
 
 
 @pytest.mark.slow
-def test_two_prepare_at_once(source, undisturbed, place):
-    assert at_once(preparing(source, place)) == [0, 0]
+def test_several_prepare_at_once(source, undisturbed, place):
+    assert at_once(preparing(source, place)) == {0}
     assert content(place) == content(undisturbed)
     assert_nothing_is_left_over(place)
 
 
 @pytest.mark.slow
-def test_two_measure_and_build_a_cache_at_once(undisturbed, copied):
-    assert at_once(loading(copied)) == [0, 0]
+def test_several_measure_and_build_a_cache_at_once(undisturbed, copied):
+    assert at_once(loading(copied)) == {0}
     assert statistics(copied) == statistics(undisturbed)
-    assert at_once(loading(copied)().split("train").arrays) == [0, 0]
+    assert at_once(loading(copied)().split("train").arrays) == {0}
     assert cached(copied) == cached(undisturbed)
     assert_nothing_is_left_over(copied)
+
+
+def test_a_cache_that_another_process_made_meanwhile_is_taken(tmp_path):
+    def unread():
+        pytest.fail("decoded again")
+        yield
+
+    path = tmp_path / "cache" / "image.npy"
+    spec = {"image": ((2,), np.dtype(np.uint8))}
+    batch = {"image": np.zeros((3, 2), np.uint8)}
+    write_arrays({"image": path}, spec, 3, [batch], Reporter("", 3))
+    write_arrays({"image": path}, spec, 3, unread(), Reporter("", 3))
+    np.testing.assert_array_equal(np.load(path), batch["image"])
 
 
 def test_what_a_killed_process_left_is_no_dataset_and_removed(
