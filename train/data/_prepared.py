@@ -69,7 +69,7 @@ class Prepared:
         if not self.tasks:
             raise UsageError(
                 f"{self.name} serves no task here: it holds "
-                f"{', '.join(self.info.features)}"
+                f"{', '.join(sorted(self.info.features))}"
             )
         task = task or next(iter(self.tasks))
         if task not in self.tasks:
