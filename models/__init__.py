@@ -15,17 +15,66 @@ from typing import Any
 
 from flax import nnx
 
-from models import cifar_resnet
-from models._entry import Entry
+from models import (
+    densenet,
+    duc_hdc,
+    mobilenet,
+    pix2pix,
+    preact_resnet,
+    pspnet,
+    resnet,
+    unet,
+    upanet,
+    vgg,
+    vision_transformer,
+)
+from models._entry import Entry, Task
+from models._layers import ImageShapeError, Layers
+from models._weights import load_weights, save_weights
 
-_ENTRIES = {entry.name: entry for entry in cifar_resnet.ENTRIES}
+_FAMILIES = (
+    resnet,
+    preact_resnet,
+    vgg,
+    densenet,
+    mobilenet,
+    upanet,
+    vision_transformer,
+    pspnet,
+    duc_hdc,
+    unet,
+    pix2pix,
+)
+_ENTRIES = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
+_LAYER_OPTIONS = tuple(Layers.__dataclass_fields__)
 
-__all__ = ["Entry", "create", "describe", "names"]
+__all__ = [
+    "Entry",
+    "ImageShapeError",
+    "Layers",
+    "create",
+    "describe",
+    "load_weights",
+    "names",
+    "save_weights",
+]
 
 
-def names(pattern: str = "*") -> tuple[str, ...]:
-    """Names of all networks that match a shell pattern, smallest first by family."""
-    return tuple(fnmatch.filter(_ENTRIES, pattern))
+def names(pattern: str = "*", *, task: Task | None = None) -> tuple[str, ...]:
+    """Names of the networks that match a shell pattern, smallest first by family.
+
+    >>> import models
+    >>> models.names("resnet*_cifar")[0]
+    'resnet18_cifar'
+    >>> models.names(task="translation")[0]
+    'unet256'
+
+    Args:
+      pattern: as for file names, with `*`, `?` and `[...]`.
+      task: if given, only networks for it.
+    """
+    found = fnmatch.filter(_ENTRIES, pattern)
+    return tuple(name for name in found if task in (None, _ENTRIES[name].task))
 
 
 def describe(name: str) -> Entry:
@@ -43,22 +92,37 @@ def describe(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def create(
-    name: str, *, num_classes: int, rngs: nnx.Rngs, **options: Any
-) -> nnx.Module:
+def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
     """Builds a network with fresh parameters.
+
+    >>> import jax.numpy as jnp, models
+    >>> from flax import nnx
+    >>> model = models.create(
+    ...     "resnet18_cifar", num_classes=100, rngs=nnx.Rngs(0), norm="group",
+    ...     dtype=jnp.bfloat16)
+    >>> model(jnp.zeros((1, 32, 32, 3))).shape
+    (1, 100)
 
     Args:
       name: one of `names()`.
-      num_classes: number of output logits.
-      rngs: where the parameters' keys come from.
-      **options: what the network's class takes besides.
+      rngs: where the keys of parameters and dropout come from.
+      **options: those of `describe(name).options`: `num_classes` for classification
+        and segmentation, and what the network's class and `Layers` take besides.
 
     Returns:
-      A module from float images (batch, height, width, channels) to logits
-      (batch, num_classes).
+      A module from float images (batch, height, width, channels) to what its task
+      asks for: logits (batch, num_classes), logits of every pixel, or images.
 
     Raises:
-      ValueError: if there is no such network.
+      ValueError: if there is no such network, or if it does not take such options.
     """
-    return describe(name).build(num_classes=num_classes, rngs=rngs, **options)
+    entry = describe(name)
+    unknown = ", ".join(sorted(options.keys() - set(entry.options)))
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {unknown}; it takes {', '.join(entry.options)}"
+        )
+    if "num_classes" in entry.options and "num_classes" not in options:
+        raise ValueError(f"{name} needs num_classes, the number of classes to tell")
+    for_layers = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
+    return entry.build(layers=Layers(rngs=rngs, **for_layers), **options)

@@ -61,4 +61,4 @@ def test_rooms_import_downward_only(room):
     if room == "optax_tricks":
         assert others <= {"jax", "optax"}
     if room == "models":
-        assert others <= {"jax", "flax"}
+        assert others <= {"jax", "flax", "safetensors"}

@@ -26,5 +26,5 @@ def test_example_runs(example, capsys):
         assert 0 <= factor < 1
     else:
         assert names["loss"].shape == ()
-        mean = names["model_state"]["stem_norm"]["mean"]
+        mean = names["model_state"]["bn1"]["mean"]
         assert abs(mean).max() > 0  # the running statistics have moved

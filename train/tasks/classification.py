@@ -21,7 +21,7 @@ from train.progress import Progress, silent
 NAME = "classification"
 METRIC = "accuracy"
 
-ModelName = tyro.extras.literal_type_from_choices(models.names())
+ModelName = tyro.extras.literal_type_from_choices(models.names(task=NAME))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,25 +54,25 @@ class Classification:
     Attributes:
       model: name of the network.
       num_classes: classes to tell.
-      in_channels: channels of the images.
+      image_shape: (height, width, channels) of the images.
       augment: random changes of training images, and their normalisation.
       normalize: normalisation alone.
     """
 
     model: str
     num_classes: int
-    in_channels: int
+    image_shape: tuple[int, int, int]
     augment: Augmentation
     normalize: Augmentation
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """A network for these images and classes."""
-        return models.create(
-            self.model,
-            num_classes=self.num_classes,
-            in_channels=self.in_channels,
-            rngs=rngs,
-        )
+        height, width, channels = self.image_shape
+        options = {"num_classes": self.num_classes, "in_channels": channels}
+        if "image_size" in models.describe(self.model).options:
+            # What is not square gets a clear refusal from the network's own check.
+            options["image_size"] = min(height, width)
+        return models.create(self.model, rngs=rngs, **options)
 
     def prepare(self, batch: Any, key: jax.Array) -> Any:
         """Augments and normalises images."""
@@ -107,16 +107,22 @@ def build(config: ClassificationConfig, progress: Progress = silent) -> Program:
     task = Classification(
         model=config.model,
         num_classes=dataset.num_classes,
-        in_channels=len(dataset.mean),
+        image_shape=(*dataset.split("train").reader.size, len(dataset.mean)),
         augment=config.data.augmentation(dataset),
         normalize=augment.normalize(dataset.mean, dataset.std),
     )
-    with progress("compiling", 1):
-        return make_program(
-            task,
-            config.optimizer,
-            train=train,
-            test=test,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-        )
+    try:
+        with progress("compiling", 1):
+            return make_program(
+                task,
+                config.optimizer,
+                train=train,
+                test=test,
+                batch_size=config.batch_size,
+                epochs=config.epochs,
+            )
+    except models.ImageShapeError as error:
+        raise UsageError(
+            f"{config.model} cannot take these images: {error} "
+            "(--image-size brings them to another)"
+        ) from error

@@ -1,0 +1,224 @@
+"""The generators and discriminators of pix2pix, in the form of its PyTorch code."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models._entry import CONVOLUTION, Entry
+from models._layers import Identity, Layers, check_images
+
+ISOLA_2016 = "Isola et al., 2016, https://arxiv.org/abs/1611.07004"
+
+_normal = nnx.initializers.normal(0.02)
+
+
+def _scale_around_one(key, shape, dtype) -> jax.Array:
+    return 1.0 + _normal(key, shape, dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and, perhaps, its normalisation, with random initial scales."""
+
+    def __init__(
+        self, conv: nnx.Conv | nnx.ConvTranspose, normalized: bool, *, layers: Layers
+    ):
+        self.conv = conv
+        self.norm = Identity()
+        if normalized:
+            channels = conv.out_features
+            self.norm = layers.normalize(channels, scale_init=_scale_around_one)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
+        return self.norm(self.conv(x))
+
+
+class _NoiseDropout(nnx.Dropout):
+    """Dropout that is on at test time too: the only noise a generator has."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x, deterministic=False)
+
+
+class Generator(nnx.Module):
+    """A U-Net that halves an image `depth` times and doubles it again.
+
+    Height and width of images are multiples of 2 to the power of depth; channels of
+    images in and out are between -1 and 1.
+
+    Args:
+      depth: number of halvings.
+      layers: makes its layers.
+      in_channels: channels of the input images.
+      out_channels: channels of the output images.
+      dropout_at_test: whether dropout stays on at test time, as in the paper.
+
+    References:
+      P. Isola, J.-Y. Zhu, T. Zhou, A. Efros, `Image-to-Image Translation with
+      Conditional Adversarial Networks <https://arxiv.org/abs/1611.07004>`_, 2016
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        layers: Layers,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        dropout_at_test: bool = False,
+    ):
+        widths = [64 * min(2**i, 8) for i in range(depth)]
+        down = []
+        for i, (inputs, width) in enumerate(itertools.pairwise((in_channels, *widths))):
+            conv = layers.conv(inputs, width, 4, stride=2, kernel_init=_normal)
+            down.append(ConvNorm(conv, 0 < i < depth - 1, layers=layers))
+        self.down = nnx.List(down)
+        up = []
+        for i in range(depth - 1):
+            # All but the innermost get a skip of as many channels besides.
+            inputs = widths[-1 - i] * (1 if i == 0 else 2)
+            conv = layers.conv_transpose(inputs, widths[-2 - i], 4, kernel_init=_normal)
+            up.append(ConvNorm(conv, True, layers=layers))
+        last = layers.precise().conv_transpose(
+            2 * widths[0], out_channels, 4, use_bias=True, kernel_init=_normal
+        )
+        self.up = nnx.List([*up, ConvNorm(last, False, layers=layers)])
+        kind = _NoiseDropout if dropout_at_test else nnx.Dropout
+        # After the blocks from 512 to 512 channels, but for the innermost.
+        self.dropouts = nnx.List(
+            [kind(0.5, rngs=layers.rngs) for _ in range(depth - 5)]
+        )
+        self.depth = depth
+        self.in_channels = in_channels
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps float images (batch, height, width, channels) to images in [-1, 1]."""
+        check_images(images, self.in_channels, multiple=2**self.depth)
+        x, skips = images, []
+        for i, layer in enumerate(self.down):
+            x = layer(x if i == 0 else nnx.leaky_relu(x, 0.2))
+            skips.append(x)
+        skips.pop()
+        for i, layer in enumerate(self.up):
+            x = layer(nnx.relu(x))
+            if 0 < i <= len(self.dropouts):
+                x = self.dropouts[i - 1](x)
+            if skips:
+                x = jnp.concatenate((skips.pop(), x), axis=-1)
+        return jnp.tanh(x)
+
+
+class Discriminator(nnx.Module):
+    """Tells real from made patches of an image; the input stands beside it.
+
+    Args:
+      widths: channels of each layer but the last, which has one.
+      strides: of each layer.
+      kernel_size: of each layer, 4 or 1.
+      last_bias: whether the last convolution has a bias; None for whether those in
+        front of a normalisation have one.
+      layers: makes its layers.
+      in_channels: channels of input and output image together.
+
+    References:
+      P. Isola, J.-Y. Zhu, T. Zhou, A. Efros, `Image-to-Image Translation with
+      Conditional Adversarial Networks <https://arxiv.org/abs/1611.07004>`_, 2016
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        kernel_size: int,
+        *,
+        last_bias: bool | None,
+        layers: Layers,
+        in_channels: int = 6,
+    ):
+        channels = (in_channels, *widths, 1)
+        made = []
+        for i, (inputs, width) in enumerate(itertools.pairwise(channels)):
+            is_first, is_last = i == 0, i == len(widths)
+            conv = (layers.precise() if is_last else layers).conv(
+                inputs,
+                width,
+                kernel_size,
+                stride=strides[i],
+                use_bias=True if is_first else last_bias if is_last else None,
+                kernel_init=_normal,
+            )
+            made.append(ConvNorm(conv, not is_first and not is_last, layers=layers))
+        self.layers = nnx.List(made)
+        self.in_channels = in_channels
+        # So small an image gives a single patch.
+        self.at_least = 1 if kernel_size == 1 else 24
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, channels) to logits (batch, rows, columns, 1)."""
+        check_images(images, self.in_channels, at_least=self.at_least)
+        x = images
+        for i, layer in enumerate(self.layers):
+            x = layer(x if i == 0 else nnx.leaky_relu(x, 0.2))
+        return x
+
+
+def _generator(size: int, depth: int, num_parameters: int) -> Entry:
+    return Entry(
+        name=f"unet{size}",
+        task="translation",
+        description=f"U-Net generator of pix2pix with {depth} halvings",
+        paper=ISOLA_2016,
+        input_shape=(size, size, 3),
+        published={},
+        num_parameters=num_parameters,
+        options=("in_channels", "out_channels", "dropout_at_test", *CONVOLUTION),
+        build=functools.partial(Generator, depth),
+    )
+
+
+def _discriminator(
+    name: str,
+    description: str,
+    num_parameters: int,
+    *form,
+    last_bias: bool | None,
+) -> Entry:
+    return Entry(
+        name=name,
+        task="translation",
+        description=description,
+        paper=ISOLA_2016,
+        input_shape=(256, 256, 6),
+        published={},
+        num_parameters=num_parameters,
+        options=("in_channels", *CONVOLUTION),
+        build=functools.partial(Discriminator, *form, last_bias=last_bias),
+    )
+
+
+ENTRIES = (
+    _generator(256, 8, 54_413_955),
+    _generator(128, 7, 41_828_995),
+    _discriminator(
+        "patchgan70",
+        "PatchGAN discriminator of 70x70 patches",
+        2_768_705,
+        (64, 128, 256, 512),
+        (2, 2, 2, 1, 1),
+        4,
+        last_bias=True,
+    ),
+    _discriminator(
+        "pixelgan",
+        "PixelGAN discriminator of single pixels",
+        9_024,
+        (64, 128),
+        (1, 1, 1),
+        1,
+        last_bias=None,
+    ),
+)
