@@ -6,6 +6,7 @@ from tyro.extras import SubcommandApp
 
 from benchmarks.compare import compare
 from benchmarks.input import input
+from benchmarks.networks import networks
 from benchmarks.transforms import transforms
 from train.errors import UsageError
 
@@ -13,6 +14,7 @@ app = SubcommandApp()
 app.command(compare)
 app.command(transforms)
 app.command(input)
+app.command(networks)
 
 
 def main() -> None:
