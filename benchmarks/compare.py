@@ -15,20 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import save_learning_curves
-from benchmarks.statistics import Interval, paired_interval
+from benchmarks.statistics import paired_interval
 from train import data
 from train.data.config import DataConfig
-from train.loop import NonFiniteLossError, Program, Record, fit
+from train.loop import NonFiniteLossError, fit
 from train.optimizers import OptimizerConfig
+from train.program import Program
 from train.progress import Reporter, shown_on
+from train.run import build
 from train.run_folder import RunFolder, environment, open_run_folder
+from train.statistics import Interval
+from train.step import Record
 from train.tasks import classification
 from train.tasks.classification import ClassificationConfig, ModelName
 
@@ -187,7 +190,8 @@ def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> 
         for _, method in missing:
             if method.name not in programs:
                 status.update(f"compiling {method.name}")
-                programs[method.name] = classification.build(config.task_config(method))
+                task_config = config.task_config(method)
+                programs[method.name], _ = build(classification, task_config)
     folder.start()
     total = sum(_num_steps(config, programs, method) for _, method in missing)
     with shown_on(console)("training", total) as reporter:
@@ -215,28 +219,25 @@ def _run(
 ) -> Row:
     curve: list[Record] = []
 
-    def on_epoch(record: Record) -> None:
+    def add(record: Record) -> None:
         curve.append(
             {
                 "epoch": record["epoch"],
                 "gradient_evaluations": record["step"] * gradients,
                 "seconds": record["seconds"] + (curve[-1]["seconds"] if curve else 0.0),
-                "accuracy": record["test_accuracy"],
+                "accuracy": record[f"{config.evaluate_on}_accuracy"],
             }
         )
-        reporter.describe(f"{text}, accuracy {record['test_accuracy']:.4f}")
+        reporter.describe(f"{text}, accuracy {curve[-1]['accuracy']:.4f}")
 
     gradients = method.optimizer.gradients_per_step
     epochs = config.epochs * method.epochs_factor
     failure = None
     try:
-        fit(
-            program,
-            jax.random.key(seed),
-            epochs,
-            on_epoch=on_epoch,
-            on_steps=reporter.advance,
-        )
+        for report in fit(program, (seed,)):
+            reporter.advance(report.steps)
+            for record in report.epoch:
+                add(record)
         accuracy = curve[-1]["accuracy"]
     except NonFiniteLossError as error:
         failure = str(error)  # kept in the table, as a network that guesses

@@ -1,26 +1,10 @@
 """Summaries of paired runs."""
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-
-class Interval(NamedTuple):
-    """A mean with its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """Whether the interval leaves zero out, and on which side."""
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "no clear difference"
+from train.statistics import Interval, mean_interval
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
@@ -38,9 +22,4 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
         raise ValueError(
             f"two or more pairs are needed, got {len(ours)} and {len(theirs)} values"
         )
-    differences = np.subtract(ours, theirs)
-    n = len(differences)
-    error = differences.std(ddof=1) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.975, n - 1) * error)
-    mean = float(differences.mean())
-    return Interval(mean, mean - reach, mean + reach)
+    return mean_interval(np.subtract(ours, theirs))

@@ -26,14 +26,18 @@ class RunFolderError(UsageError):
 class RunFolder:
     """Writes a run's configuration, records and results to one folder.
 
+    Of the processes of a run only one writes; all may read.
+
     Attributes:
       path: the folder.
       config: what is run.
+      writes: whether this process writes.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]):
+    def __init__(self, path: Path, config: dict[str, Any], *, writes: bool = True):
         self.path = path
         self.config = config
+        self.writes = writes
 
     def start(self) -> None:
         """Writes what is run, and on what; from here on the folder is taken."""
@@ -41,6 +45,8 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a JSON-lines file, on disk when this returns."""
+        if not self.writes:
+            return
         with (self.path / name).open("ab+") as file:
             # A killed process may have left half a line: it must not take this one.
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
@@ -60,10 +66,19 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
+    def keep(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Has a JSON-lines file hold these records only."""
+        self._write(name, "".join(json.dumps(record) + "\n" for record in records))
+
     def write(self, name: str, content: Any) -> None:
         """Writes one JSON file, whole or not at all."""
+        self._write(name, json.dumps(content, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         partial = self.path / f"{name}.part"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text)
         partial.replace(self.path / name)
 
 
@@ -102,7 +117,12 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def open_run_folder(
-    path: Path | None, name: str, config: dict[str, Any], *, resume: bool
+    path: Path | None,
+    name: str,
+    config: dict[str, Any],
+    *,
+    resume: bool,
+    writes: bool = True,
 ) -> Iterator[RunFolder]:
     """Makes or reopens a run folder before any work is done, and locks it.
 
@@ -111,6 +131,7 @@ def open_run_folder(
       name: what is run, for the name of a new folder.
       config: what is run, whole; `RunFolder.start` writes it to `config.json`.
       resume: whether a folder that holds a run of the same config may go on.
+      writes: whether this process writes, and locks the folder.
 
     Raises:
       RunFolderError: if the folder cannot be written, is in use by another process,
@@ -118,6 +139,9 @@ def open_run_folder(
     """
     config = json.loads(json.dumps(config, default=str))
     path = path or _new_path(name)
+    if not writes:
+        yield RunFolder(path, config, writes=False)
+        return
     lock = filelock.FileLock(path / ".lock", timeout=0)
     new = not path.exists()
     try:

@@ -104,7 +104,7 @@ def rows_without_broken(folder):
 @pytest.mark.usefixtures("quick")
 def test_a_folder_that_cannot_be_written_fails_before_training(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(compare.classification, "build", None)
+    monkeypatch.setattr(compare, "build", None)
     with pytest.raises(SystemExit, match="cannot write to run folder"):
         run(monkeypatch, *SMALL, "--run-dir", tmp_path / "file" / "study")
 

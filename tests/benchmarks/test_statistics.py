@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.statistics import Interval, paired_interval
+from benchmarks.statistics import paired_interval
 from benchmarks.timing import interleave, ratio
+from train.statistics import Interval
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])

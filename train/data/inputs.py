@@ -19,8 +19,11 @@ import absl.flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train.data._dataset import Arrays, Split
+from train.devices import put, replicated
 from train.errors import UsageError
 from train.progress import Progress, silent
 
@@ -122,14 +125,49 @@ class Sequential:
         return np.where(rows < self.num_examples, rows, -1)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Together:
+    """The orders of several runs, of equally many examples, beside each other.
+
+    Attributes:
+      orders: one for each run.
+    """
+
+    orders: tuple[Order, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """All examples."""
+        return self.orders[0].num_examples
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step of each run."""
+        return self.orders[0].batch_size
+
+    def steps_before(self, epoch: int) -> int:
+        """Number of steps in all epochs before this one."""
+        return self.orders[0].steps_before(epoch)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Numbers of the examples in a step, int (runs, batch_size)."""
+        return np.stack([order.rows(step) for order in self.orders])
+
+
 class Input(Protocol):
     """Examples on their way to the step.
 
     What `feeds` yields is passed to the jitted step, where `batch` makes a batch of it:
     the examples' arrays, and "weight", float32 (batch,), 0 where there is no example.
+
+    Attributes:
+      num_examples: all examples.
+      seeds_axes: where the axis of the runs is in what `feeds` yields for `Together`,
+        as `jax.vmap` takes it; None if runs cannot be fed together.
     """
 
     num_examples: int
+    seeds_axes: Any
 
     def feeds(self, order: Order, first_step: int = 0) -> Iterator[Any]:
         """What each step needs, without end, from a step on."""
@@ -163,13 +201,16 @@ class Resident:
 
     Attributes:
       num_examples: all examples.
-      data: their arrays on the device.
+      data: their arrays on the devices.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        """Puts arrays of equal length on the default device."""
+    seeds_axes = _ResidentFeed(data=None, rows=1, first_step=None)
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], mesh: Mesh | None = None):
+        """Puts arrays of equal length on every device of a mesh, or on the first."""
         self.num_examples = len(next(iter(arrays.values())))
-        self.data = jax.device_put(dict(arrays))
+        self._sharding = replicated(mesh or _first_device())
+        self.data = put(dict(arrays), self._sharding)
 
     def feeds(self, order: Order, first_step: int = 0) -> Iterator[_ResidentFeed]:
         """The data and the order of the epoch; the same objects in all its steps."""
@@ -178,29 +219,41 @@ class Resident:
             epoch += 1
         while True:
             start, stop = order.steps_before(epoch), order.steps_before(epoch + 1)
-            rows = np.zeros((_most_steps(order), order.batch_size), np.int32)
+            rows = np.zeros((_most_steps(order), *order.rows(start).shape), np.int32)
             for step in range(start, stop):
                 rows[step - start] = order.rows(step)
-            feed = _ResidentFeed(self.data, *jax.device_put((rows, np.int32(start))))
+            feed = _ResidentFeed(
+                self.data, *put((rows, np.int32(start)), self._sharding)
+            )
             for _ in range(max(start, first_step), stop):
                 yield feed
             epoch += 1
 
     def feed_shapes(self, order: Order) -> _ResidentFeed:
         """The shapes and dtypes of what `feeds` yields."""
-        return jax.eval_shape(
-            lambda: _ResidentFeed(
-                self.data,
-                jnp.zeros((_most_steps(order), order.batch_size), jnp.int32),
-                jnp.int32(0),
-            )
+        rows = (_most_steps(order), *order.rows(0).shape)
+        feed = jax.eval_shape(
+            lambda: _ResidentFeed(self.data, jnp.zeros(rows, jnp.int32), jnp.int32(0))
         )
+        return _placed(feed, self._sharding)
 
     def batch(self, feed: _ResidentFeed, step: jax.Array) -> Batch:
         """Gathers the examples of a step."""
         rows = feed.rows[step - feed.first_step]
         batch = jax.tree.map(lambda x: x[rows], feed.data)
         return batch | {"weight": (rows >= 0).astype(jnp.float32)}
+
+
+def _placed(shapes: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+
+
+def _first_device() -> Mesh:
+    return jax.make_mesh(
+        (1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1]
+    )
 
 
 def _most_steps(order: Order) -> int:
@@ -210,16 +263,19 @@ def _most_steps(order: Order) -> int:
 class Stream:
     """Examples decoded while training runs, by Grain's threads or processes.
 
-    Batches are read ahead, and two of them wait on the device. With several JAX
-    processes each reads its own part of every batch.
+    Batches are read ahead, and two of them wait on the devices, cut along "data". With
+    several JAX processes each reads its own part of every batch.
 
     Attributes:
       num_examples: all examples, over all processes.
     """
 
+    seeds_axes = None
+
     def __init__(
         self,
         split: Split,
+        mesh: Mesh | None = None,
         *,
         num_workers: int | None = None,
         process_index: int | None = None,
@@ -229,6 +285,7 @@ class Stream:
 
         Args:
           split: the examples.
+          mesh: whose devices share a batch; the first one alone if unset.
           num_workers: processes that decode; 0 for threads of this one; unset for as
             many as the machine's cores let.
           process_index: number of this JAX process; JAX's own if unset.
@@ -238,6 +295,7 @@ class Stream:
             raise UsageError(f"workers must be 0 or more, got {num_workers}")
         self.num_examples = len(split)
         self._split = split
+        self._sharding = NamedSharding(mesh or _first_device(), P("data"))
         self._num_workers = default_workers() if num_workers is None else num_workers
         index = jax.process_index() if process_index is None else process_index
         count = jax.process_count() if process_count is None else process_count
@@ -250,10 +308,10 @@ class Stream:
         batches = _Batches(self._split, order, first_step, *self._shard)
         num_threads = 1 if self._num_workers else min(os.cpu_count() or 1, _MAX_WORKERS)
         # Elements are whole batches: Grain's own 500 of them would fill the memory.
-        ahead = grain.ReadOptions(
+        reading = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=num_threads
         )
-        stream = grain.MapDataset.source(batches).to_iter_dataset(ahead)
+        stream = grain.MapDataset.source(batches).to_iter_dataset(reading)
         if self._num_workers:
             if not absl.flags.FLAGS.is_parsed():
                 absl.flags.FLAGS.mark_as_parsed()  # Grain reads one to start processes
@@ -262,9 +320,11 @@ class Stream:
             stream = stream.mp_prefetch(options).map(
                 functools.partial(jax.tree.map, np.array)
             )
-        stream = grain.experimental.device_put(
-            stream, jax.local_devices()[0], cpu_buffer_size=2, device_buffer_size=2
+        # Once before the transfer, once behind it.
+        ahead = functools.partial(
+            grain.experimental.ThreadPrefetchIterDataset, prefetch_buffer_size=2
         )
+        stream = ahead(ahead(stream).map(self._on_devices))
         iterator = iter(stream)
         close = functools.partial(_close, iterator, self._num_workers)
         # An evaluation's stream stays open for the next one, and ends with the process.
@@ -275,14 +335,20 @@ class Stream:
             atexit.unregister(close)
             close()
 
+    def _on_devices(self, batch: Arrays) -> Batch:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+        )
+
     def feed_shapes(self, order: Order) -> Batch:
         """The shapes and dtypes of what `feeds` yields."""
-        size = _local_size(order, self._shard[1])
+        size = order.batch_size
         shapes = {
             name: jax.ShapeDtypeStruct((size, *shape), dtype)
             for name, (shape, dtype) in self._split.reader.spec.items()
         }
-        return shapes | {"weight": jax.ShapeDtypeStruct((size,), jnp.float32)}
+        shapes |= {"weight": jax.ShapeDtypeStruct((size,), jnp.float32)}
+        return _placed(shapes, self._sharding)
 
     def batch(self, feed: Batch, step: jax.Array) -> Batch:
         """The batch, which is complete already."""
@@ -344,6 +410,7 @@ def default_workers() -> int:
 
 def open_inputs(
     splits: Mapping[str, Split],
+    mesh: Mesh | None = None,
     *,
     mode: str = "auto",
     num_workers: int | None = None,
@@ -353,6 +420,7 @@ def open_inputs(
 
     Args:
       splits: by any names.
+      mesh: the devices that share the work; the first one alone if unset.
       mode: "resident", "stream", or "auto": resident if the decoded examples of all
         splits take no more than a quarter of the device's memory.
       num_workers: of streams, see `Stream`.
@@ -363,8 +431,10 @@ def open_inputs(
     num_bytes = sum(split.num_bytes for split in splits.values())
     fits = num_bytes <= _SHARE_OF_DEVICE * device_bytes()
     if mode == "resident" or (mode == "auto" and fits):
-        return {name: Resident(s.arrays(progress)) for name, s in splits.items()}
-    return {name: Stream(s, num_workers=num_workers) for name, s in splits.items()}
+        return {name: Resident(s.arrays(progress), mesh) for name, s in splits.items()}
+    return {
+        name: Stream(s, mesh, num_workers=num_workers) for name, s in splits.items()
+    }
 
 
 def device_bytes() -> int:
