@@ -136,7 +136,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             newest whole one is not like `like`.
         """
         self.wait()
-        problems = []
+        self._damaged, problems = [], []
         for step in reversed(self.steps()):
             folder = self._folder / str(step)
             problem = _damage(folder / _ITEM)
@@ -184,7 +184,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:  # the file system's, or what TensorStore makes of it
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._folder} ({reason}): make room "
                 "there, or see that it can be written, and start the run again"
