@@ -15,15 +15,10 @@ from train.config import TrainingConfig
 from train.devices import start_distributed
 from train.errors import UsageError
 from train.loop import NonFiniteLossError
+from train.optimizers import OPTIMIZERS, PLACES, SCHEDULES, TRICKS
 from train.preemption import EXIT_CODE, PreemptedError
 from train.recipes import RECIPES
-from train.tasks import classification, segmentation, translation
-
-_TASKS = (
-    (classification, classification.ClassificationConfig),
-    (segmentation, segmentation.SegmentationConfig),
-    (translation, translation.TranslationConfig),
-)
+from train.tasks import TASKS
 
 
 def _command(
@@ -33,11 +28,10 @@ def _command(
     recipes = {name: make() for name, make in RECIPES.items()}
     recipes = {name: found for name, found in recipes.items() if type(found) is kind}
     names = tyro.extras.literal_type_from_choices(recipes)
+    default = recipes[chosen] if chosen in recipes else kind()
 
     def command(
-        config: Annotated[kind, tyro.conf.OmitArgPrefixes] = recipes.get(
-            chosen, kind()
-        ),
+        config: Annotated[kind, tyro.conf.OmitArgPrefixes] = default,
         recipe: names | None = None,
         run_dir: Path | None = None,
         resume: Literal["auto", "never"] = "auto",
@@ -77,12 +71,14 @@ def _command(
 
 
 def _tricks() -> None:
-    """List the techniques that --tricks takes, and the optimizers."""
-    from train.optimizers import OPTIMIZERS
-    from train.tricks import TRICKS
-
-    for title, listed in (("--tricks", TRICKS), ("--optimizer", OPTIMIZERS)):
-        print(title)
+    """List the techniques and places that --tricks takes, optimizers and schedules."""
+    for flag, listed in (
+        ("--tricks NAME,NAME,..., in the order of the chain", TRICKS),
+        ("places that --tricks may name too", PLACES),
+        ("--optimizer", OPTIMIZERS),
+        ("--schedule", SCHEDULES),
+    ):
+        print(flag)
         for name, description in listed.items():
             print(f"  {name:18} {description}")
 
@@ -96,6 +92,68 @@ def _recipes() -> None:
             print(f"  {more.strip()}".rstrip())
 
 
+def _export(run: Path, output: Path | None = None, seed: int | None = None) -> None:
+    """Write the weights of a run as safetensors, for torchvision, timm or --weights.
+
+    Args:
+      run: folder of the run; its last checkpoint is read.
+      output: file to write; weights.safetensors in the run folder if unset. The name
+        of the network is added where there are several.
+      seed: whose weights, of several; the first if unset.
+    """
+    from train import trained
+
+    console = Console()
+    trained.export(trained.open_trained(run, seed, console), output, console)
+
+
+def _predict(
+    run: Path,
+    images: tuple[Path, ...],
+    output: Path | None = None,
+    seed: int | None = None,
+) -> None:
+    """Classify, segment or translate image files with the networks of a run.
+
+    Args:
+      run: folder of the run; its last checkpoint is read.
+      images: files, or folders of them.
+      output: folder for what is made of them; predictions in the run folder if unset.
+      seed: whose networks, of several; the first if unset.
+    """
+    from train import trained
+
+    console = Console()
+    found = trained.open_trained(run, seed, console)
+    trained.predict(found, images, output, console)
+
+
+def _samples(
+    runs: tuple[Path, ...],
+    labels: tuple[str, ...] = (),
+    count: int = 6,
+    output: Path = Path("samples.png"),
+) -> None:
+    """Lay what several runs make of the same examples side by side in one picture.
+
+    Args:
+      runs: folders of runs of one task on one dataset.
+      labels: what to call each of them; their folders' names if unset.
+      count: examples of the evaluation split to show.
+      output: PNG file to write.
+    """
+    from train import trained
+
+    if labels and len(labels) != len(runs):
+        raise UsageError(f"{len(runs)} runs need as many labels, got {len(labels)}")
+    if count < 1:
+        raise UsageError(f"count must be at least 1, got {count}")
+    console = Console()
+    found = [trained.open_trained(run, None, console) for run in runs]
+    trained.samples(found, labels or [run.name for run in runs], count, output)
+    console.print(f"written: {output}", highlight=False, soft_wrap=True)
+
+
 def _make_app(arguments: list[str]) -> SubcommandApp:
     chosen = None
     for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
@@ -104,8 +162,12 @@ def _make_app(arguments: list[str]) -> SubcommandApp:
         elif flag.startswith("--recipe="):
             chosen = flag.partition("=")[2]
     app = SubcommandApp()
-    for module, kind in _TASKS:
+    for module, kind in TASKS.values():
         app.command(_command(module, kind, chosen), name=module.NAME)
+    positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+    app.command(positional(_predict), name="predict")
+    app.command(positional(_samples), name="samples")
+    app.command(positional(_export), name="export")
     app.command(_recipes, name="recipes")
     app.command(_tricks, name="tricks")
     return app

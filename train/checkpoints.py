@@ -118,7 +118,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.close()
 
     def restore(
-        self, like: Tree, *, warn: Callable[[str], None]
+        self, like: Tree, *, warn: Callable[[str], None], partial: bool = False
     ) -> tuple[int, Tree] | None:
         """Reads the newest checkpoint that is whole.
 
@@ -127,6 +127,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             `jax.ShapeDtypeStruct`s; its shardings are those to restore to. Keys are of
             JAX's default implementation.
           warn: takes a line about each damaged checkpoint that is passed over.
+          partial: whether `like` may be a part of what was saved, None elsewhere.
 
         Returns:
           The step and the state, bit for bit; None if there is no checkpoint.
@@ -143,7 +144,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if not problem:
                 for line in problems:
                     warn(f"{line}: going on from step {step}")
-                return step, self._read(folder / _ITEM, like)
+                return step, self._read(folder / _ITEM, like, partial)
             self._damaged.append(step)
             problems.append(f"checkpoint {folder} is damaged ({problem})")
         if problems:
@@ -153,10 +154,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         return None
 
-    def _read(self, folder: Path, like: Tree) -> Tree:
-        target = _arrays(like)
-        there = _signature(self._handler.metadata(folder).tree)
-        here = _signature(target)
+    def _read(self, folder: Path, like: Tree, partial: bool) -> Tree:
+        target, saved = _arrays(like), self._handler.metadata(folder).tree
+        names = list(target)
+        if partial:  # Orbax reads all or nothing
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            for name in saved.keys() - target.keys():
+                x = saved[name]
+                target[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+        there, here = _signature(saved), _signature(target)
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise CheckpointError(
@@ -169,7 +175,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         leaves, structure = jax.tree.flatten(like)
         return structure.unflatten(
             jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
-            for name, leaf in zip(target, leaves, strict=True)
+            for name, leaf in zip(names, leaves, strict=True)
         )
 
     def _check_room(self, num_bytes: int) -> None:

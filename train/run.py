@@ -18,11 +18,12 @@ from rich.console import Console
 from train.checkpoints import Checkpoints
 from train.config import TrainingConfig
 from train.data import Dataset
+from train.data._dataset import describe
 from train.devices import make_mesh
 from train.errors import UsageError
 from train.events import Events
 from train.figures import save_curves
-from train.loop import Report, fit, groups_of
+from train.loop import NonFiniteLossError, Report, fit, groups_of
 from train.preemption import PreemptedError, preemption
 from train.program import Program
 from train.progress import Progress, shown_on, silent
@@ -33,6 +34,7 @@ from train.step import Record, TrainState, Tree, evaluation_models
 EPOCHS = "metrics.jsonl"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
+DATASET = "dataset.json"
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
 
@@ -148,9 +150,22 @@ def train(
         shown = shown_on(console) if is_first else silent
         program, dataset = build(module, config, shown)
         folder.start()
+        folder.write(DATASET, describe(dataset))
         with Checkpoints(folder.path / CHECKPOINTS) as checkpoints:
             run = _Run(module, program, dataset, folder, checkpoints)
-            run.train(shown, warn=console.print)
+            try:
+                run.train(shown, warn=console.print)
+            except NonFiniteLossError:
+                checkpoints.wait()
+                saved = checkpoints.steps()
+                if saved:
+                    console.print(
+                        f"the last good state is kept: checkpoint {saved[-1]} in "
+                        f"{folder.path}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+                raise
         run.finish(console)
         return run.records
 

@@ -16,7 +16,7 @@ import jax
 
 from train.errors import UsageError
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
 
 
 class RunFolderError(UsageError):
@@ -41,7 +41,7 @@ class RunFolder:
 
     def start(self) -> None:
         """Writes what is run, and on what; from here on the folder is taken."""
-        self.write(_CONFIG, {"config": self.config, "environment": environment()})
+        self.write(CONFIG, {"config": self.config, "environment": environment()})
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a JSON-lines file, on disk when this returns."""
@@ -161,7 +161,7 @@ def open_run_folder(
         yield RunFolder(path, config)
     finally:
         lock.release()
-        if new and not (path / _CONFIG).exists():  # nothing came of it
+        if new and not (path / CONFIG).exists():  # nothing came of it
             (path / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -173,7 +173,7 @@ def _new_path(name: str) -> Path:
 
 
 def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
-    written = path / _CONFIG
+    written = path / CONFIG
     if written.exists():
         try:
             found = json.loads(written.read_text())["config"]
@@ -192,7 +192,7 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
                 f"run folder {path} holds this run already: choose another --run-dir, "
                 "or remove the folder to run again"
             )
-    elif {child.name for child in path.iterdir()} - {".lock", f"{_CONFIG}.part"}:
+    elif {child.name for child in path.iterdir()} - {".lock", f"{CONFIG}.part"}:
         raise RunFolderError(
             f"run folder {path} holds files of something else: choose another --run-dir"
         )

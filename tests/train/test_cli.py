@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import train.__main__ as command_line
 from train import run as train_run
+from train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def run(monkeypatch, *arguments):
@@ -45,7 +49,26 @@ def test_a_run_leaves_its_folder(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_accuracy"] == records[1]["test_accuracy"] > 0.3
     assert summary["gradient_evaluations"] == 20
+    steps = [json.loads(x) for x in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [10, 20]
+    assert steps[1]["train_gradient_norm"] > 0
+    assert events_of(folder / "tensorboard" / "seed0") == {
+        *(f"step/{name}" for name in steps[0] if name not in ("seed", "step")),
+        *(f"epoch/{name}" for name in records[0] if name not in ("seed", "step")),
+        "curves",
+        "confusion_matrix",
+    }
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def events_of(folder):
+    from tensorboard.backend.event_processing.event_accumulator import (
+        EventAccumulator,
+    )
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {*found.Tags()["scalars"], *found.Tags()["images"]}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +83,9 @@ def test_a_run_leaves_its_folder(tmp_path):
         (("--learning-rate", "-1"), "learning rate must be above 0, got -1.0"),
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
         (("--epoch", "3"), "Perhaps you meant"),
+        (("--recipe", "gc"), "gc_cifar100_resnet50"),
+        (("--accumulate", "3"), "accumulate must divide the batch size, 100; got 3"),
+        (("--seeds", "0"), "seeds must be at least 1, got 0"),
     ],
 )
 def test_wrong_flags_say_what_exists(monkeypatch, capsys, arguments, message):
@@ -149,3 +175,77 @@ def test_divergence_is_one_line_that_names_the_step(monkeypatch, tmp_path):
     arguments = ("--learning-rate", "1e30", "--epochs", "1", "--run-dir", tmp_path)
     with pytest.raises(SystemExit, match=r"not finite at step \d+ .*lower the"):
         run(monkeypatch, "classification", *arguments)
+
+
+def test_a_full_device_is_one_line_that_says_what_to_do(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(train_run, "fit", fail)
+    with pytest.raises(SystemExit, match=r"out of memory: .*--accumulate"):
+        run(monkeypatch, "classification", "--run-dir", tmp_path / "run")
+
+
+def records_of(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_seeds_in_one_command_are_those_of_several(monkeypatch, tmp_path, capsys):
+    common = ("classification", "--epochs", 2, "--tricks", "random")
+    run(monkeypatch, *common, "--seeds", 2, "--seed", 1, "--run-dir", tmp_path / "all")
+    printed = capsys.readouterr().out
+    alone = []
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        run(monkeypatch, *common, "--seed", seed, "--run-dir", folder)
+        alone += records_of(folder)
+    found = records_of(tmp_path / "all")
+    for record in found + alone:
+        del record["seconds"]
+    assert found == sorted(alone, key=lambda r: (r["epoch"], r["seed"]))
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    scores = [r["test_accuracy"] for r in found if r["epoch"] == 2]
+    assert summary["test_accuracy"] == pytest.approx(sum(scores) / 2)
+    mean, low, high = summary["intervals"]["test_accuracy"]
+    assert low <= mean == summary["test_accuracy"] <= high
+    assert f"{scores[0]:.4f} {scores[1]:.4f}" in printed
+    assert (tmp_path / "all" / "tensorboard" / "seed2").is_dir()
+
+
+def test_a_finished_run_is_not_run_again_and_another_config_is_refused(
+    monkeypatch, tmp_path, capsys
+):
+    common = ("classification", "--epochs", 1, "--run-dir", tmp_path / "run")
+    run(monkeypatch, *common)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train_run, "build", None)
+    run(monkeypatch, *common)
+    assert "holds this run already, finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(SystemExit, match=r"seed: 0 there, 1 here"):
+        run(monkeypatch, *common, "--seed", 1)
+    with pytest.raises(SystemExit, match="holds this run already: choose another"):
+        run(monkeypatch, *common, "--resume", "never")
+
+
+def test_recipes_are_listed_and_change_the_defaults(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "recipes")
+    printed = capsys.readouterr().out
+    for name in RECIPES:
+        assert f"\n{name}\n" in f"\n{printed}"
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "translation", "--recipe", "pix2pix_maps", "--help")
+    text = capsys.readouterr().out
+    assert "unet256" in text
+
+
+def test_a_recipe_is_trained_with_the_flags_that_change_it(monkeypatch, tmp_path):
+    arguments = ("classification", "--recipe", "pugd_cifar10_upanet16")
+    arguments += ("--dataset", "digits", "--model", "resnet8", "--epochs", 1)
+    arguments += ("--augment", "mirror", "--run-dir", tmp_path / "run")
+    run(monkeypatch, *arguments)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["optimizer"]["tricks"] == ["perturbed_unit"]
+    assert config["model"] == "resnet8"
+    assert config["data"]["augment"] == ["mirror"]

@@ -81,11 +81,12 @@ class Reader:
     def __call__(self, example: Mapping[str, Any]) -> Arrays:
         """The arrays of one example."""
         return {
-            name: self._fitted(field.read(example), field.kind)
+            name: self.fitted(field.read(example), field.kind)
             for name, field in self.fields.items()
         }
 
-    def _fitted(self, array: np.ndarray, kind: str) -> np.ndarray:
+    def fitted(self, array: np.ndarray, kind: str) -> np.ndarray:
+        """An array of a kind of `Field`, brought to the size."""
         if kind == "label" or array.shape[:2] == self.size:
             return array
         squeezed = array[..., 0] if array.shape[2:] == (1,) else array
@@ -248,3 +249,40 @@ class Dataset:
         n = len(train) - math.ceil(len(train) * fraction)
         parts = {"train": train.part(0, n), "validation": train.part(n, len(train))}
         return dataclasses.replace(self, splits={**self.splits, **parts})
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """All but the examples, as JSON has it: enough to use what was trained on them."""
+    reader = dataset.split("train").reader
+    fields = {name: dataclasses.asdict(f) for name, f in reader.fields.items()}
+    for field in fields.values():
+        del field["lookup"]  # of bytes, and of no use without examples
+    return {
+        "name": dataset.name,
+        "task": dataset.task,
+        "class_names": dataset.class_names,
+        "ignore_label": dataset.ignore_label,
+        "colors": None if dataset.colors is None else dataset.colors.tolist(),
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "reader": dataclasses.asdict(reader) | {"fields": fields},
+    }
+
+
+def from_description(described: Mapping[str, Any]) -> Dataset:
+    """The dataset that `describe` told of, with a training split of no examples."""
+    reader = described["reader"]
+    fields = {name: Field(**field) for name, field in reader["fields"].items()}
+    reader = Reader(**{**reader, "fields": fields, "size": tuple(reader["size"])})
+    colors = described["colors"]
+    train = Split(name="train", records=(), reader=reader, cache=Path(), rows=range(0))
+    return Dataset(
+        name=described["name"],
+        task=described["task"],
+        splits={"train": train},
+        class_names=tuple(described["class_names"]),
+        ignore_label=described["ignore_label"],
+        colors=None if colors is None else np.asarray(colors, np.uint8),
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
+    )
