@@ -34,10 +34,10 @@ from train.data.augment import Augmentation
 from train.data.inputs import Input, Resident, Shuffled, Stream, default_workers
 from train.errors import UsageError
 from train.gradients import split
-from train.loop import Metrics, TrainState, make_train_step
 from train.progress import shown_on
 from train.run_folder import environment, open_run_folder
-from train.tasks.classification import Classification
+from train.step import Metrics, Models, Network, make_train_step, new_state
+from train.tasks.classification import Classification, ClassificationConfig
 
 Call = Callable[[], Any]
 
@@ -98,17 +98,19 @@ class _Segmentation:
     ignore_label: int
     augment: Augmentation
 
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        return _Segmenter(self.num_classes, rngs=rngs)
+    def create_models(self, rngs: nnx.Rngs) -> Models:
+        return {"model": _Segmenter(self.num_classes, rngs=rngs)}
 
     def prepare(self, batch: Any, key: jax.Array) -> Any:
         return self.augment(key, batch)
 
-    def loss(self, model: nnx.Module, batch: Any) -> tuple[jax.Array, Metrics]:
+    def loss(
+        self, name: str, networks: Models, batch: Any
+    ) -> tuple[jax.Array, Metrics]:
         labels = batch["mask"].astype(jnp.int32)
         there = labels != self.ignore_label
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            model(batch["image"]), jnp.where(there, labels, 0)
+            networks[name](batch["image"]), jnp.where(there, labels, 0)
         )
         return (losses * there).sum() / there.sum(), {}
 
@@ -133,9 +135,9 @@ def _subjects(cifar10: str, camvid: str) -> tuple[Subject, ...]:
             steps=3,
             augment=for_cifar,
             task=lambda dataset, augment: Classification(
-                model=_MODEL,
-                num_classes=dataset.num_classes,
-                in_channels=3,
+                config=ClassificationConfig(model=_MODEL),
+                class_names=dataset.class_names,
+                image_shape=(*dataset.split("train").reader.size, 3),
                 augment=augment,
                 normalize=augment,
             ),
@@ -314,11 +316,11 @@ def _step_calls(
 
 
 def _step_call(task: Any, feeds: Iterator[Any], batch: Callable[..., Any]) -> Call:
-    graphdef, params, model_state = split(task.create_model(nnx.Rngs(0)))
+    models = task.create_models(nnx.Rngs(0))
     tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
-    train_step = make_train_step(task, graphdef, tx)
-    key = jax.random.key(0)
-    state = TrainState(params, model_state, tx.init(params), jnp.int32(0), key)
+    networks = {name: Network(split(model)[0], tx) for name, model in models.items()}
+    train_step = make_train_step(task, networks)
+    state = new_state(models, networks, jax.random.key(0))
     step = jax.jit(
         lambda state, feed: train_step(state, batch(feed, state.step)),
         donate_argnums=0,

@@ -55,6 +55,7 @@ class Generator(nnx.Module):
       layers: makes its layers.
       in_channels: channels of the input images.
       out_channels: channels of the output images.
+      width: channels of the first layer; the others have up to eight times as many.
       dropout_at_test: whether dropout stays on at test time, as in the paper.
 
     References:
@@ -69,12 +70,13 @@ class Generator(nnx.Module):
         layers: Layers,
         in_channels: int = 3,
         out_channels: int = 3,
+        width: int = 64,
         dropout_at_test: bool = False,
     ):
-        widths = [64 * min(2**i, 8) for i in range(depth)]
+        widths = [width * min(2**i, 8) for i in range(depth)]
         down = []
-        for i, (inputs, width) in enumerate(itertools.pairwise((in_channels, *widths))):
-            conv = layers.conv(inputs, width, 4, stride=2, kernel_init=_normal)
+        for i, step in enumerate(itertools.pairwise((in_channels, *widths))):
+            conv = layers.conv(*step, 4, stride=2, kernel_init=_normal)
             down.append(ConvNorm(conv, 0 < i < depth - 1, layers=layers))
         self.down = nnx.List(down)
         up = []
@@ -88,7 +90,7 @@ class Generator(nnx.Module):
         )
         self.up = nnx.List([*up, ConvNorm(last, False, layers=layers)])
         kind = _NoiseDropout if dropout_at_test else nnx.Dropout
-        # After the blocks from 512 to 512 channels, but for the innermost.
+        # After the blocks that keep the most channels, but for the innermost.
         self.dropouts = nnx.List(
             [kind(0.5, rngs=layers.rngs) for _ in range(depth - 5)]
         )
@@ -166,17 +168,19 @@ class Discriminator(nnx.Module):
         return x
 
 
-def _generator(size: int, depth: int, num_parameters: int) -> Entry:
+def _generator(
+    name: str, description: str, depth: int, num_parameters: int, *, width: int = 64
+) -> Entry:
     return Entry(
-        name=f"unet{size}",
+        name=name,
         task="translation",
-        description=f"U-Net generator of pix2pix with {depth} halvings",
+        description=description,
         paper=ISOLA_2016,
-        input_shape=(size, size, 3),
+        input_shape=(2**depth, 2**depth, 3),
         published={},
         num_parameters=num_parameters,
         options=("in_channels", "out_channels", "dropout_at_test", *CONVOLUTION),
-        build=functools.partial(Generator, depth),
+        build=functools.partial(Generator, depth, width=width),
     )
 
 
@@ -201,8 +205,16 @@ def _discriminator(
 
 
 ENTRIES = (
-    _generator(256, 8, 54_413_955),
-    _generator(128, 7, 41_828_995),
+    _generator("unet256", "U-Net generator with 8 halvings", 8, 54_413_955),
+    _generator("unet128", "U-Net generator with 7 halvings", 7, 41_828_995),
+    _generator("unet64", "U-Net generator with 6 halvings", 6, 29_244_035),
+    _generator(
+        "unet64_small",
+        "U-Net generator with 6 halvings and a quarter of the channels",
+        6,
+        1_830_563,
+        width=16,
+    ),
     _discriminator(
         "patchgan70",
         "PatchGAN discriminator of 70x70 patches",

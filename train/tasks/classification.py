@@ -1,128 +1,196 @@
 """Classification: one label per image, cross-entropy, accuracy."""
 
 import dataclasses
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from flax import nnx
 
 import models
-from train.data import augment
+from train import figures
+from train.config import TrainingConfig
+from train.data import Dataset, augment
 from train.data.augment import Augmentation
-from train.data.config import DataConfig
 from train.errors import UsageError
-from train.loop import Metrics, Program, make_program
+from train.metrics import confusion_matrix
 from train.optimizers import OptimizerConfig
 from train.progress import Progress, silent
+from train.step import Metrics, Models
+from train.tasks._checks import check_images
 
 NAME = "classification"
 METRIC = "accuracy"
+HIGHER_IS_BETTER = True
 
 ModelName = tyro.extras.literal_type_from_choices(models.names(task=NAME))
 
+_TOP = 5
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ClassificationConfig:
+class ClassificationConfig(TrainingConfig):
     """Train a network to tell the classes of images."""
 
-    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=DataConfig
-    )
     model: ModelName = "resnet8"
     """Network to train."""
-    epochs: int = 20
-    """Passes over the training images."""
-    batch_size: int = 100
-    """Images in a step."""
-    optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = (
-        dataclasses.field(default_factory=OptimizerConfig)
-    )
+    label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes."""
+    weights: Path | None = None
+    """Safetensors to fine-tune from; for other classes the last layer starts anew."""
 
     def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
         models.describe(self.model)
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}"
+            )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Classification:
     """The task, for images of one form.
 
     Attributes:
-      model: name of the network.
-      num_classes: classes to tell.
-      image_shape: (height, width, channels) of the images.
+      config: how to train.
+      class_names: names of the classes to tell.
+      image_shape: (height, width, channels) of the images that the network sees.
       augment: random changes of training images, and their normalisation.
-      normalize: normalisation alone.
+      normalize: what brings other images to this form.
     """
 
-    model: str
-    num_classes: int
+    config: ClassificationConfig
+    class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     augment: Augmentation
     normalize: Augmentation
 
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A network for these images and classes."""
+    def create_models(self, rngs: nnx.Rngs) -> Models:
+        """A network for these images and classes, called "model"."""
         height, width, channels = self.image_shape
-        options = {"num_classes": self.num_classes, "in_channels": channels}
-        if "image_size" in models.describe(self.model).options:
+        name = self.config.model
+        options = {"num_classes": len(self.class_names), "in_channels": channels}
+        if "image_size" in models.describe(name).options:
             # What is not square gets a clear refusal from the network's own check.
             options["image_size"] = min(height, width)
-        return models.create(self.model, rngs=rngs, **options)
+        dtype = self.config.dtype
+        return {"model": models.create(name, rngs=rngs, dtype=dtype, **options)}
+
+    def load(self, networks: Models) -> None:
+        """Reads the weights to fine-tune from; a head for other classes stays as it is.
+
+        Raises:
+          UsageError: if the file is missing or is not of this network.
+        """
+        path = self.config.weights
+        if path is None:
+            return
+        for new_head in (False, True):
+            try:
+                models.load_weights(networks["model"], path, new_head=new_head)
+            except (OSError, ValueError) as error:
+                problem = error
+            else:
+                return
+        raise UsageError(f"--weights: {problem}") from problem
+
+    def optimizer_for(self, name: str) -> OptimizerConfig:
+        """By what the network is trained."""
+        del name
+        return self.config.optimizer
 
     def prepare(self, batch: Any, key: jax.Array) -> Any:
         """Augments and normalises images."""
         return self.augment(key, batch)
 
-    def loss(self, model: nnx.Module, batch: Any) -> tuple[jax.Array, Metrics]:
+    def loss(
+        self, name: str, networks: Models, batch: Any
+    ) -> tuple[jax.Array, Metrics]:
         """Mean cross-entropy, and accuracy, of a prepared batch."""
-        logits, labels = model(batch["image"]), batch["label"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        logits, labels = networks[name](batch["image"]), batch["label"]
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing
+        )
+        losses = optax.softmax_cross_entropy(logits, targets)
         correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
         return losses.mean(), {"accuracy": (correct.sum(), jnp.float32(labels.size))}
 
-    def evaluate(self, model: nnx.Module, batch: Any) -> Metrics:
-        """Loss and accuracy of stored images."""
+    def evaluate(self, networks: Models, batch: Any) -> dict[str, jax.Array]:
+        """Sums of the loss, without smoothing, and who was taken for whom."""
         weight, labels = batch["weight"], batch["label"]
-        logits = model(self.normalize(jax.random.key(0), batch)["image"])
+        logits = self._logits(networks, batch["image"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-        count = weight.sum()
-        return {
-            "loss": ((losses * weight).sum(), count),
-            "accuracy": ((correct * weight).sum(), count),
+        predicted = logits.argmax(axis=-1)
+        totals = {
+            "loss": (losses * weight).sum(),
+            "confusion": confusion_matrix(
+                labels, predicted, weight > 0, len(self.class_names)
+            ),
         }
+        if len(self.class_names) > _TOP:
+            _, best = jax.lax.top_k(logits, _TOP)
+            found = (best == labels[:, None]).any(axis=-1)
+            totals["top5"] = (found * weight).sum()
+        return totals
+
+    def scores(self, totals: dict[str, np.ndarray]) -> dict[str, float]:
+        """Loss, accuracy and, of more than five classes, top-5 accuracy."""
+        confusion = totals["confusion"]
+        count = confusion.sum()
+        scores = {
+            "loss": totals["loss"] / count,
+            "accuracy": np.trace(confusion) / count,
+        }
+        if "top5" in totals:
+            scores["top5"] = totals["top5"] / count
+        return {name: float(score) for name, score in scores.items()}
+
+    def predict(self, networks: Models, images: jax.Array) -> jax.Array:
+        """Probabilities of the classes, float32 (batch, classes), of stored images."""
+        return jax.nn.softmax(self._logits(networks, images))
+
+    def save_figures(
+        self,
+        folder: Path,
+        totals: dict[str, np.ndarray],
+        batch: dict[str, np.ndarray],
+        predictions: np.ndarray,
+    ) -> None:
+        """Draws `confusion_matrix.png`."""
+        del batch, predictions
+        figures.save_confusion_matrix(
+            totals["confusion"], self.class_names, folder / "confusion_matrix.png"
+        )
+
+    def _logits(self, networks: Models, images: jax.Array) -> jax.Array:
+        batch = self.normalize(jax.random.key(0), {"image": images})
+        return networks["model"](batch["image"])
 
 
-def build(config: ClassificationConfig, progress: Progress = silent) -> Program:
-    """Loads the data and compiles the run that a config describes."""
+def open_task(
+    config: ClassificationConfig, progress: Progress = silent
+) -> tuple[Classification, Dataset]:
+    """Loads the data and makes the task that a config describes.
+
+    Raises:
+      UsageError: if they do not fit each other.
+    """
     dataset = config.data.load(NAME, progress)
     if dataset.num_classes < 2:
         raise UsageError(f"{dataset.name} has one class only: there is nothing to tell")
-    train, test = config.data.open(dataset, progress)
+    normalize = augment.normalize(dataset.mean, dataset.std)
+    size = config.data.training_size(dataset)
     task = Classification(
-        model=config.model,
-        num_classes=dataset.num_classes,
-        image_shape=(*dataset.split("train").reader.size, len(dataset.mean)),
-        augment=config.data.augmentation(dataset),
-        normalize=augment.normalize(dataset.mean, dataset.std),
+        config=config,
+        class_names=dataset.class_names,
+        image_shape=(*size, len(dataset.mean)),
+        augment=config.data.augmentation(dataset, normalize),
+        normalize=augment.chain(augment.center_crop(size), normalize),
     )
-    try:
-        with progress("compiling", 1):
-            return make_program(
-                task,
-                config.optimizer,
-                train=train,
-                test=test,
-                batch_size=config.batch_size,
-                epochs=config.epochs,
-            )
-    except models.ImageShapeError as error:
-        raise UsageError(
-            f"{config.model} cannot take these images: {error} "
-            "(--image-size brings them to another)"
-        ) from error
+    check_images(task, dataset)
+    return task, dataset
