@@ -1,6 +1,7 @@
 """Translation of images into images by a conditional GAN, as in pix2pix."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from matplotlib.patches import Patch
+from PIL import Image
 
 import models
 from train import figures
@@ -49,7 +52,7 @@ class TranslationConfig(TrainingConfig):
     """Normalisation in both; with one image in a step they are alike in training."""
     dropout_at_test: bool = False
     """Dropout stays on where the network is used, as in the paper."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over the training examples."""
     batch_size: int = 4
     """Examples in a step, over all devices."""
@@ -192,14 +195,29 @@ class Translation:
     ) -> None:
         """Draws `samples.png`: input, output and truth."""
         del totals
+        columns, _ = self.columns(batch, {"output": predictions})
+        figures.save_comparison(folder / "samples.png", columns)
+
+    def columns(
+        self, batch: dict[str, np.ndarray], predictions: dict[str, np.ndarray]
+    ) -> tuple[figures.Columns, list[Patch]]:
+        """What to lay side by side: input, output of each run by its title, truth."""
         pair = jax.device_get(self._cut({k: batch[k] for k in ("input", "target")}))
-        columns = {"input": pair["input"], "output": predictions} | {
-            "truth": pair["target"]
-        }
-        figures.save_comparison(
-            folder / "samples.png",
-            [(title, images[:_SAMPLES]) for title, images in columns.items()],
-        )
+        images = {"input": pair["input"], **predictions, "truth": pair["target"]}
+        return list(images.items()), []
+
+    def save_predictions(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        photos: Sequence[np.ndarray],
+        predictions: Sequence[np.ndarray],
+    ) -> list[str]:
+        """Writes `NAME.png`, of the photo's size, and returns what it did to each."""
+        for name, photo, made in zip(names, photos, predictions, strict=True):
+            image = Image.fromarray(made[..., 0] if made.shape[-1] == 1 else made)
+            image.resize(photo.shape[1::-1]).save(folder / f"{name}.png")
+        return [f"translated, {name}.png" for name in names]
 
     def _gan_loss(self, logits: jax.Array, real: bool) -> jax.Array:
         """Of the judgement that patches are real, or made."""
@@ -218,6 +236,22 @@ def _scaled(key: jax.Array, batch: Any) -> Any:
     return batch | {n: batch[n].astype(jnp.float32) / 127.5 - 1 for n in names}
 
 
+def make_task(config: TranslationConfig, dataset: Dataset) -> Translation:
+    """The task that a config describes, for such data.
+
+    Raises:
+      UsageError: if they do not fit each other.
+    """
+    fields = dataset.split("train").reader.fields
+    return Translation(
+        config=config,
+        size=config.data.training_size(dataset),
+        in_channels=fields["input"].channels,
+        out_channels=fields["target"].channels,
+        augment=config.data.augmentation(dataset, _scaled),
+    )
+
+
 def open_task(
     config: TranslationConfig, progress: Progress = silent
 ) -> tuple[Translation, Dataset]:
@@ -227,13 +261,6 @@ def open_task(
       UsageError: if they do not fit each other.
     """
     dataset = config.data.load(NAME, progress)
-    fields = dataset.split("train").reader.fields
-    task = Translation(
-        config=config,
-        size=config.data.training_size(dataset),
-        in_channels=fields["input"].channels,
-        out_channels=fields["target"].channels,
-        augment=config.data.augmentation(dataset, _scaled),
-    )
+    task = make_task(config, dataset)
     check_images(task, dataset)
     return task, dataset
