@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib import color_sequences
@@ -12,6 +13,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from train.data.contact_sheet import default_colors
+
+Columns: TypeAlias = Sequence[tuple[str, Sequence[np.ndarray]]]
+"""Pairs of a title and images, uint8 (height, width, 1 or 3); all equally many."""
 
 _DPI = 120
 _IMAGE_WIDTH = 1.8  # inches
@@ -132,7 +136,7 @@ def save_bars(
 
 def save_comparison(
     path: Path,
-    columns: Sequence[tuple[str, Sequence[np.ndarray]]],
+    columns: Columns,
     legend: Sequence[Patch] = (),
 ) -> None:
     """Draws images side by side: a row for each example, a column for each title.
@@ -141,8 +145,7 @@ def save_comparison(
 
     Args:
       path: of the file to write.
-      columns: pairs of a title and images, uint8 (height, width, 1 or 3); equally many
-        in each column.
+      columns: from left to right.
       legend: what stands below.
 
     Raises:
@@ -182,6 +185,29 @@ def save_comparison(
         for text in found.get_texts():
             text.set_parse_math(False)
     figure.savefig(path, bbox_inches="tight", pad_inches=gap)
+
+
+def save_titled(
+    path: Path, images: Sequence[np.ndarray], titles: Sequence[str]
+) -> None:
+    """Draws images in a grid, each under its title.
+
+    Args:
+      path: of the file to write.
+      images: uint8 (height, width, 1 or 3), of any sizes.
+      titles: one for each.
+    """
+    across = min(len(images), 5)
+    down = -(-len(images) // across)
+    figure = Figure((_IMAGE_WIDTH * across, (_IMAGE_WIDTH + 0.3) * down), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, title in zip(grid.flat, images, titles, strict=False):
+        axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)))
+        axes.set_title(title, size=9, parse_math=False)
+    figure.savefig(path)
 
 
 def class_colors(num_classes: int) -> np.ndarray:

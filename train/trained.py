@@ -3,6 +3,7 @@
 A run's folder tells all, but for the examples of its dataset.
 """
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -177,13 +178,15 @@ def predict(
     reader = trained.dataset.split("train").reader
     if reader.fit == "pad":  # a border would be predicted too
         reader = dataclasses.replace(reader, fit="stretch")
+    elif reader.fit == "stretch":  # nothing is to be cut off
+        size = trained.config.data.training_size(trained.dataset)
+        reader = dataclasses.replace(reader, size=size)
     field = next(iter(reader.fields.values()))  # the image, or the input of a pair
     photos = [_read(file, field.channels) for file in files]
     fitted = [reader.fitted(photo, field.kind) for photo in photos]
     predictions = [trained.predict(image[None])[0] for image in fitted]
-    lines = trained.task.save_predictions(
-        output, [file.stem for file in files], photos, predictions
-    )
+    names = [file.stem for file in files]
+    lines = trained.task.save_predictions(output, names, photos, predictions)
     for file, line in zip(files, lines, strict=True):
         console.print(f"{file}: {line}", highlight=False, soft_wrap=True)
     console.print(f"written to {output}", highlight=False, soft_wrap=True)
@@ -194,6 +197,13 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         files += [f for f in inside if f.suffix.lower() in IMAGE_SUFFIXES]
+    counts = collections.Counter(file.stem for file in files)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"several images are called {twice[0]}: predict them one by one, each with "
+            "its own --output"
+        )
     if not files:
         raise UsageError(
             f"there is no image ({', '.join(IMAGE_SUFFIXES)}) among "

@@ -1,6 +1,8 @@
 """Classification: one label per image, cross-entropy, accuracy."""
 
+import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from train.optimizers import OptimizerConfig
 from train.progress import Progress, silent
 from train.step import Metrics, Models
 from train.tasks._checks import check_images
+from train.tasks._words import in_words
 
 NAME = "classification"
 METRIC = "accuracy"
@@ -167,9 +170,48 @@ class Classification:
             totals["confusion"], self.class_names, folder / "confusion_matrix.png"
         )
 
+    def save_predictions(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        photos: Sequence[np.ndarray],
+        predictions: Sequence[np.ndarray],
+    ) -> list[str]:
+        """Writes `predictions.csv`, and `predictions.png` of the photos.
+
+        Returns:
+          The likeliest classes of each photo, in words.
+        """
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "class", *self.class_names])
+            for name, shares in zip(names, predictions, strict=True):
+                best = self.class_names[shares.argmax()]
+                writer.writerow([name, best, *(f"{share:.6f}" for share in shares)])
+        titles = [in_words(shares, self.class_names, 1) for shares in predictions]
+        figures.save_titled(folder / "predictions.png", photos, titles)
+        return [in_words(shares, self.class_names) for shares in predictions]
+
     def _logits(self, networks: Models, images: jax.Array) -> jax.Array:
         batch = self.normalize(jax.random.key(0), {"image": images})
         return networks["model"](batch["image"])
+
+
+def make_task(config: ClassificationConfig, dataset: Dataset) -> Classification:
+    """The task that a config describes, for such data.
+
+    Raises:
+      UsageError: if they do not fit each other.
+    """
+    normalize = augment.normalize(dataset.mean, dataset.std)
+    size = config.data.training_size(dataset)
+    return Classification(
+        config=config,
+        class_names=dataset.class_names,
+        image_shape=(*size, len(dataset.mean)),
+        augment=config.data.augmentation(dataset, normalize),
+        normalize=augment.chain(augment.center_crop(size), normalize),
+    )
 
 
 def open_task(
@@ -183,14 +225,6 @@ def open_task(
     dataset = config.data.load(NAME, progress)
     if dataset.num_classes < 2:
         raise UsageError(f"{dataset.name} has one class only: there is nothing to tell")
-    normalize = augment.normalize(dataset.mean, dataset.std)
-    size = config.data.training_size(dataset)
-    task = Classification(
-        config=config,
-        class_names=dataset.class_names,
-        image_shape=(*size, len(dataset.mean)),
-        augment=config.data.augmentation(dataset, normalize),
-        normalize=augment.chain(augment.center_crop(size), normalize),
-    )
+    task = make_task(config, dataset)
     check_images(task, dataset)
     return task, dataset

@@ -1,7 +1,7 @@
 """Segmentation: the class of every pixel, cross-entropy, intersection over union."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from matplotlib.patches import Patch
+from PIL import Image
 
 import models
 from train import figures
@@ -24,6 +26,7 @@ from train.optimizers import OptimizerConfig
 from train.progress import Progress, silent
 from train.step import Metrics, Models
 from train.tasks._checks import check_images
+from train.tasks._words import in_words
 
 NAME = "segmentation"
 METRIC = "mean_iou"
@@ -210,16 +213,7 @@ class Segmentation:
         predictions: np.ndarray,
     ) -> None:
         """Draws `samples.png`, photo, truth and prediction, and `iou.png`."""
-        masks, predictions = batch["mask"][:_SAMPLES], predictions[:_SAMPLES]
-        colors, ignore_label = self.colors, self.ignore_label
-        columns = [("photo", batch["image"][:_SAMPLES])]
-        columns += [
-            (title, [figures.painted(x, colors, ignore_label) for x in drawn])
-            for title, drawn in (("truth", masks), ("prediction", predictions))
-        ]
-        legend = figures.class_legend(
-            [*masks, *predictions], self.class_names, colors, ignore_label
-        )
+        columns, legend = self.columns(batch, {"prediction": predictions})
         figures.save_comparison(folder / "samples.png", columns, legend)
         iou = intersection_over_union(totals["confusion"])
         figures.save_bars(
@@ -228,6 +222,52 @@ class Segmentation:
             folder / "iou.png",
             label="intersection over union",
         )
+
+    def columns(
+        self, batch: dict[str, np.ndarray], predictions: dict[str, np.ndarray]
+    ) -> tuple[figures.Columns, list[Patch]]:
+        """What to lay side by side: photo, prediction of each run by title, truth."""
+        masks = {"truth": batch["mask"], **predictions}
+        colors, ignore_label = self.colors, self.ignore_label
+        columns = [("photo", batch["image"])]
+        columns += [
+            (title, [figures.painted(x, colors, ignore_label) for x in drawn])
+            for title, drawn in masks.items()
+        ]
+        drawn = [mask for found in masks.values() for mask in found]
+        return columns, figures.class_legend(
+            drawn, self.class_names, colors, ignore_label
+        )
+
+    def save_predictions(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        photos: Sequence[np.ndarray],
+        predictions: Sequence[np.ndarray],
+    ) -> list[str]:
+        """Writes `NAME.png` to look at and `NAME-classes.png`, the class of each pixel.
+
+        Returns:
+          The largest classes of each photo, in words.
+        """
+        lines = []
+        for name, photo, mask in zip(names, photos, predictions, strict=True):
+            image = Image.fromarray(mask.astype(np.uint8))
+            image = image.resize(photo.shape[1::-1], Image.Resampling.NEAREST)
+            image.save(folder / f"{name}-classes.png")
+            mask = np.asarray(image)
+            painted = figures.painted(mask, self.colors, self.ignore_label)
+            figures.save_comparison(
+                folder / f"{name}.png",
+                [("photo", [photo]), ("prediction", [painted])],
+                figures.class_legend(
+                    [mask], self.class_names, self.colors, self.ignore_label
+                ),
+            )
+            shares = np.bincount(mask.ravel(), minlength=len(self.class_names))
+            lines.append(in_words(shares / mask.size, self.class_names))
+        return lines
 
     def _logits(self, networks: Models, images: jax.Array) -> jax.Array:
         batch = self.normalize(jax.random.key(0), {"image": images})
@@ -257,6 +297,37 @@ def _on_multiples(network: Callable[[jax.Array], Any], images: jax.Array) -> Any
     return jax.tree.map(lambda x: x[:, :height, :width], logits)
 
 
+def make_task(
+    config: SegmentationConfig,
+    dataset: Dataset,
+    class_weights: Sequence[float] | None = None,
+) -> Segmentation:
+    """The task that a config describes, for such data.
+
+    Args:
+      config: the config.
+      dataset: the data; examples are not read.
+      class_weights: of the pixels of each class in the loss; 1 if unset.
+
+    Raises:
+      UsageError: if config and data do not fit each other.
+    """
+    colors = dataset.colors
+    if colors is None:
+        colors = figures.class_colors(dataset.num_classes)
+    normalize = augment.normalize(dataset.mean, dataset.std)
+    return Segmentation(
+        config=config,
+        class_names=dataset.class_names,
+        colors=colors,
+        class_weights=tuple(class_weights or (1.0,) * dataset.num_classes),
+        ignore_label=dataset.split("train").reader.ignore_label,
+        in_channels=len(dataset.mean),
+        augment=config.data.augmentation(dataset, normalize),
+        normalize=normalize,
+    )
+
+
 def open_task(
     config: SegmentationConfig, progress: Progress = silent
 ) -> tuple[Segmentation, Dataset]:
@@ -266,26 +337,11 @@ def open_task(
       UsageError: if they do not fit each other, or masks have undeclared values.
     """
     dataset = config.data.load(NAME, progress)
-    reader = dataset.split("train").reader
     counts = _pixel_counts(config.data, dataset, progress)
-    weights = np.ones(dataset.num_classes)
+    weights = None
     if config.class_weights == "balanced":
-        weights = _balanced(counts["train"])
-    normalize = augment.normalize(dataset.mean, dataset.std)
-    task = Segmentation(
-        config=config,
-        class_names=dataset.class_names,
-        colors=(
-            figures.class_colors(dataset.num_classes)
-            if dataset.colors is None
-            else dataset.colors
-        ),
-        class_weights=tuple(weights.tolist()),
-        ignore_label=reader.ignore_label,
-        in_channels=len(dataset.mean),
-        augment=config.data.augmentation(dataset, normalize),
-        normalize=normalize,
-    )
+        weights = _balanced(counts["train"]).tolist()
+    task = make_task(config, dataset, weights)
     check_images(task, dataset)
     return task, dataset
 
