@@ -115,7 +115,10 @@ class FrozenBatchNorm(nnx.Module):
         """Maps (..., channels) to the same."""
         factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
         shift = self.bias[...] - self.mean[...] * factor
-        return jax.lax.stop_gradient(factor) * x + jax.lax.stop_gradient(shift)
+        factor, shift = (
+            jnp.broadcast_to(jax.lax.stop_gradient(v), x.shape) for v in (factor, shift)
+        )
+        return (factor * x + shift).astype(x.dtype)
 
 
 class Identity(nnx.Module):
