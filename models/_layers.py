@@ -37,8 +37,9 @@ class _Statistic(nnx.BatchStat):
     """
 
     def __setitem__(self, index: Any, value: jax.Array) -> None:
-        if index is ... and value.dtype == self.dtype:
-            self.set_value(value)
+        if index is ...:
+            # Computations in float64 end in it here, and not as a warning of jax.
+            self.set_value(value.astype(self.dtype))
         else:
             super().__setitem__(index, value)
 

@@ -10,13 +10,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.flax import save
 
 from models._layers import FrozenBatchNorm
 
@@ -25,6 +25,8 @@ Naming = Literal["torchvision", "timm"]
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 # PyTorch's counter of batches, which nothing reads.
 _UNUSED = "num_batches_tracked"
+# Others are quantized: numbers without the scale that they are to be read with.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class _Slot:
 
     @property
     def values(self) -> tuple[jax.Array, ...]:
-        return tuple(variable[...] for variable in self.variables)
+        return tuple(variable.get_value() for variable in self.variables)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +107,6 @@ def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
 
 _KERNELS = {
     nnx.Conv: _conv,
-    nnx.ConvTranspose: _conv_transpose,
     nnx.Linear: _linear,
 }
 _NORMS = (
@@ -169,9 +170,14 @@ def _naming_of(model: nnx.Module, names: Iterable[str], found: set[str]) -> str 
     return max(namings, key=shared)
 
 
-def _shape(model: nnx.Module, name: str, slot: _Slot) -> tuple[int, ...]:
-    """The shape of an array under its name in a file."""
-    return getattr(model, "OTHER_SHAPES", {}).get(name, slot.shape)
+def layout(model: nnx.Module, naming: str | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in a file, also for a model without values."""
+    slots = _slots(model)
+    others = getattr(model, "OTHER_SHAPES", {})
+    return {
+        in_file: others.get(in_file, slots[name].shape)
+        for name, in_file in _renamed(model, naming, slots).items()
+    }
 
 
 def save_weights(
@@ -197,18 +203,24 @@ def save_weights(
       path: of the file.
       naming: whose names to use for networks that have different ones in torchvision
         and timm: VGG, MobileNetV2 and ViT in their ImageNet form.
+
+    Raises:
+      ValueError: if there is no such naming.
+      FileNotFoundError: if there is no such folder.
     """
-    slots = _slots(model)
-    arrays = {
-        in_file: slots[name]
-        .to_torch(*slots[name].values)
-        .reshape(_shape(model, in_file, slots[name]))
-        for name, in_file in _renamed(model, naming, slots).items()
-    }
+    if naming not in (None, *get_args(Naming)):
+        known = ", ".join(get_args(Naming))
+        raise ValueError(f"naming must be one of {known}; got {naming!r}")
+    slots, shapes = _slots(model), layout(model, naming)
+    arrays = {}
+    for name, in_file in _renamed(model, naming, slots).items():
+        # On the host, where a new shape needs no compiling.
+        array = slots[name].to_torch(*jax.device_get(slots[name].values))
+        arrays[in_file] = array.reshape(shapes[in_file]).copy()
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, partial)
+        partial.write_bytes(save(arrays))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -233,62 +245,67 @@ def load_weights(
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is no safetensors file, or does not fit the model. All
-        missing, unexpected and wrongly shaped arrays are listed.
+        missing, unexpected, wrongly shaped and quantized arrays are listed.
     """
     path = Path(path)
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise ValueError(_pickle_message(path))
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        file = safe_open(path, framework="flax")
+        file = safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     with file:
         slots = _slots(model)
         found = {name for name in file.keys() if not name.endswith(_UNUSED)}  # noqa: SIM118
-        in_file = _renamed(model, _naming_of(model, slots, found), slots)
+        naming = _naming_of(model, slots, found)
+        in_file, shapes = _renamed(model, naming, slots), layout(model, naming)
+        head = tuple(f"{layer}." for layer in getattr(model, "HEAD", ()))
         unexpected = found - set(in_file.values())
+        in_head = {name for name in unexpected if name.startswith(head)}
+        in_head |= {in_file[name] for name in in_file if name.startswith(head)}
         if new_head:
-            head = tuple(f"{layer}." for layer in getattr(model, "HEAD", ()))
-            unexpected = {name for name in unexpected if not name.startswith(head)}
-            in_file = {k: v for k, v in in_file.items() if not k.startswith(head)}
-        problems = []
-        for name, theirs in in_file.items():
+            unexpected -= in_head
+            in_file = {k: v for k, v in in_file.items() if v not in in_head}
+        problems = {}
+        for theirs in in_file.values():
             if theirs not in found:
-                problems.append(f"missing: {theirs}")
+                problems[theirs] = f"missing: {theirs}"
                 continue
-            expected = _shape(model, theirs, slots[name])
-            shape = tuple(file.get_slice(theirs).get_shape())
-            if shape != expected:
-                problems.append(f"{theirs} is {shape}, but {expected} in the model")
-        problems += [f"unexpected: {name}" for name in sorted(unexpected)]
+            array = file.get_slice(theirs)
+            shape, dtype = tuple(array.get_shape()), array.get_dtype()
+            if shape != shapes[theirs]:
+                problems[theirs] = (
+                    f"{theirs} is {shape}, but {shapes[theirs]} in the model"
+                )
+            elif dtype not in _DTYPES:
+                problems[theirs] = f"{theirs} is of {dtype}, not a floating-point type"
+        problems |= {name: f"unexpected: {name}" for name in sorted(unexpected)}
         if problems:
-            raise ValueError(_mismatch(model, path, problems))
+            message = [f"{path} does not fit this {type(model).__name__}:"]
+            message += problems.values()
+            if in_head & problems.keys():
+                message.append(
+                    "if only the last layer differs: new_head=True leaves it as it is"
+                )
+            raise ValueError("\n  ".join(message))
         for name, theirs in in_file.items():
             slot = slots[name]
             values = slot.from_torch(file.get_tensor(theirs).reshape(slot.shape))
             for variable, value in zip(slot.variables, values, strict=True):
-                variable[...] = value.astype(variable.dtype)
-
-
-def _mismatch(model: nnx.Module, path: Path, problems: list[str]) -> str:
-    head = getattr(model, "HEAD", ())
-    message = [f"{path} does not fit this {type(model).__name__}:", *problems]
-    if any(layer in problem for problem in problems for layer in head):
-        message.append(
-            "if only the last layer differs: new_head=True leaves it as it is"
-        )
-    return "\n  ".join(message)
+                variable[...] = jnp.asarray(value, variable.dtype)
 
 
 def _pickle_message(path: Path) -> str:
     return (
         f"{path} is a pickle file, which can run code when it is opened; only "
-        "safetensors files are read. Convert it once, where PyTorch is installed:\n"
+        "safetensors files are read. Convert it once, where PyTorch and safetensors "
+        "are installed:\n"
         "  import torch, safetensors.torch\n"
         f"  weights = torch.load({str(path)!r}, map_location='cpu', "
         "weights_only=True)\n"
+        "  weights = weights.get('model', weights)  # DeiT's are one level down\n"
         "  weights = {name: w.contiguous() for name, w in weights.items()}\n"
         f"  safetensors.torch.save_file(weights, "
         f"{str(path.with_suffix('.safetensors'))!r})"

@@ -1,0 +1,481 @@
+"""Files of weights: names, layouts, round trips, and what is refused."""
+
+import functools
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import models
+from models import _weights
+from models._layers import Layers
+from models._weights import layout
+from models.densenet import DenseNet
+from models.duc_hdc import DUCHDC
+from models.mobilenet import MobileNetV2
+from models.pix2pix import Discriminator, Generator
+from models.preact_resnet import PreActResNet
+from models.pspnet import PSPNet
+from models.resnet import ResNet
+from models.unet import UNet
+from models.upanet import UPANet
+from models.vgg import VGG
+from models.vision_transformer import VisionTransformer
+
+partial = functools.partial
+
+LAYOUTS = {
+    (naming, name): {array: tuple(shape) for array, shape in arrays.items()}
+    for naming, networks in json.loads(
+        Path(__file__).with_name("torch_layouts.json").read_text()
+    ).items()
+    for name, arrays in networks.items()
+}
+# (namings besides its own, makes a small network from `layers`)
+FORMS = {
+    "resnet": ((), partial(ResNet, (1, 1), num_classes=3, width=8, expansion=4)),
+    "preact": ((), partial(PreActResNet, (1, 1), num_classes=3, stem=4, width=8)),
+    "vgg": ((), partial(VGG, (1, 1, 1, 1, 1), num_classes=3, small_images=True)),
+    "densenet": (
+        ("torchvision, 2017",),
+        partial(DenseNet, (1, 1), num_classes=3, growth=4, small_images=False),
+    ),
+    "mobilenet": (("timm",), partial(MobileNetV2, num_classes=3, small_images=False)),
+    "upanet": ((), partial(UPANet, 4, num_classes=3, image_size=8)),
+    "transformer": (
+        ("torchvision", "torchvision, 2021"),
+        partial(VisionTransformer, 8, 2, 2, num_classes=3, image_size=8, patch_size=4),
+    ),
+    "distilled": (
+        (),
+        partial(
+            VisionTransformer,
+            8,
+            2,
+            1,
+            num_classes=3,
+            image_size=8,
+            patch_size=4,
+            distilled=True,
+        ),
+    ),
+    "pspnet": ((), partial(PSPNet, (1, 1, 1, 1), num_classes=3)),
+    "duc": ((), partial(DUCHDC, (1, 1, 1, 1), num_classes=3)),
+    "unet": ((), partial(UNet, num_classes=3)),
+    "generator": ((), partial(Generator, 5)),
+    "discriminator": (
+        (),
+        partial(Discriminator, (8, 16), (2, 2, 1), 4, last_bias=True),
+    ),
+}
+
+
+def filled(make, seed=0, **options):
+    """A network of random values, for less time than its own initial ones take."""
+    generator = np.random.default_rng(seed)
+
+    def fill(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.asarray(generator.normal(size=x.shape), x.dtype)
+        return jax.random.key(0) if x.dtype != jnp.uint32 else jnp.uint32(0)
+
+    def build():
+        return make(layers=Layers(rngs=nnx.Rngs(0), **options))
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graphdef, jax.tree.map(fill, state))
+
+
+def resnet(seed=0, *, num_classes=3, **options):
+    make = partial(ResNet, (1, 1), num_classes=num_classes, width=8, stem=3)
+    return filled(make, seed, **options)
+
+
+def values(model):
+    """Copies of all parameters and statistics, by path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    return {path: np.array(variable[...]) for path, variable in state}
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=str(path))
+
+
+def arrays_of(model, tmp_path, naming=None):
+    """What a file of the model's weights holds."""
+    path = tmp_path / "arrays.safetensors"
+    models.save_weights(model, path, naming=naming)
+    return safetensors.numpy.load_file(path)
+
+
+def write(tmp_path, arrays):
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path
+    )
+    return path
+
+
+# --- What PyTorch's libraries write ---
+
+
+@functools.cache
+def abstract(name):
+    make = partial(models.create, name, num_classes=1000)
+    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(("naming", "name"), LAYOUTS)
+def test_names_and_shapes_are_those_of_the_library(naming, name):
+    expected = {
+        array: shape
+        for array, shape in LAYOUTS[naming, name].items()
+        if not array.endswith("num_batches_tracked")
+    }
+    model = abstract(name)
+    assert layout(model, naming) == expected
+    # Which library a file is from is found by its names.
+    found = _weights._naming_of(model, _weights._slots(model), set(expected))
+    assert layout(model, found) == expected
+
+
+OLDER_NAMES = [
+    (
+        "densenet",
+        "torchvision, 2017",
+        {
+            "features.denseblock2.denselayer1.norm.1.running_var",
+            "features.denseblock2.denselayer1.conv.2.weight",
+            "features.transition1.norm.weight",
+            "features.norm0.bias",
+        },
+    ),
+    (
+        "transformer",
+        "torchvision, 2021",
+        {
+            "encoder.layers.encoder_layer_1.mlp.linear_1.weight",
+            "encoder.layers.encoder_layer_1.mlp.linear_2.bias",
+            "encoder.layers.encoder_layer_1.self_attention.in_proj_weight",
+            "heads.head.weight",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "naming", "names"), OLDER_NAMES)
+def test_older_files_of_torchvision_have_names_of_their_own(form, naming, names):
+    assert names <= layout(filled(FORMS[form][1]), naming).keys()
+
+
+def test_vgg_in_the_layout_of_timm_has_the_same_weights(tmp_path, monkeypatch):
+    # Hidden layers of 4096 are too large for a test.
+    linear = Layers.linear
+
+    def narrow(self, inputs, outputs, **options):
+        inputs, outputs = (2 if size == 4096 else size for size in (inputs, outputs))
+        return linear(self, inputs, outputs, **options)
+
+    monkeypatch.setattr(Layers, "linear", narrow)
+    monkeypatch.setattr(
+        VGG,
+        "OTHER_SHAPES",
+        {
+            "pre_logits.fc1.weight": (2, 512, 7, 7),
+            "pre_logits.fc2.weight": (2, 2, 1, 1),
+        },
+    )
+    make = partial(VGG, (1, 1, 1, 1, 1), num_classes=3, small_images=False)
+    model, other = filled(make, 0), filled(make, 1)
+    arrays = arrays_of(model, tmp_path, "timm")
+    assert arrays["pre_logits.fc1.weight"].shape == (2, 512, 7, 7)
+    models.load_weights(other, tmp_path / "arrays.safetensors")
+    assert_equal(values(other), values(model))
+
+
+ROUND_TRIPS = [
+    (form, naming) for form, (others, _) in FORMS.items() for naming in (None, *others)
+]
+
+
+@pytest.mark.parametrize(("form", "naming"), ROUND_TRIPS)
+def test_weights_come_back_as_they_were_saved(form, naming, tmp_path):
+    _, make = FORMS[form]
+    model, other = filled(make, 0), filled(make, 1)
+    arrays = arrays_of(model, tmp_path)
+    names = _weights._renamed(model, naming, arrays)
+    if naming is not None:
+        assert set(names.values()) != set(arrays)
+    renamed = {names[name]: array for name, array in arrays.items()}
+    models.load_weights(other, write(tmp_path, renamed))
+    assert_equal(values(other), values(model))
+
+
+def test_every_class_has_a_round_trip():
+    classes = {make.func for _, make in FORMS.values()}
+    builds = [models.describe(name).build for name in models.names()]
+    assert classes == {getattr(build, "func", build) for build in builds}
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch", "group", "instance", "none"])
+def test_other_norms_come_back_as_they_were_saved(norm, tmp_path):
+    model, other = resnet(0, norm=norm), resnet(1, norm=norm)
+    arrays_of(model, tmp_path)
+    models.load_weights(other, tmp_path / "arrays.safetensors")
+    assert_equal(values(other), values(model))
+
+
+def test_batch_norm_can_be_frozen_by_way_of_a_file(tmp_path):
+    model, frozen = resnet(0), resnet(1, norm="frozen_batch")
+    expected = arrays_of(model, tmp_path)
+    models.load_weights(frozen, tmp_path / "arrays.safetensors")
+    assert_equal(arrays_of(frozen, tmp_path), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_values_take_the_dtype_of_the_model(dtype, tmp_path):
+    model = resnet()
+    arrays = {
+        name: array.astype(dtype) for name, array in arrays_of(model, tmp_path).items()
+    }
+    models.load_weights(model, write(tmp_path, arrays))
+    for name, array in arrays_of(model, tmp_path).items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, arrays[name].astype(np.float32))
+
+
+def test_bfloat16_parameters_come_back_as_they_were_saved(tmp_path):
+    model, other = (resnet(seed, param_dtype=jnp.bfloat16) for seed in (0, 1))
+    arrays = arrays_of(model, tmp_path)
+    assert arrays["conv1.weight"].dtype == ml_dtypes.bfloat16
+    assert arrays["bn1.running_mean"].dtype == np.float32
+    models.load_weights(other, tmp_path / "arrays.safetensors")
+    assert_equal(values(other), values(model))
+
+
+def test_counter_of_batches_is_ignored(tmp_path):
+    model, other = resnet(0), resnet(1)
+    arrays = arrays_of(model, tmp_path)
+    counters = {
+        name.replace("running_mean", "num_batches_tracked"): np.array(7)
+        for name in arrays
+        if name.endswith("running_mean")
+    }
+    assert counters
+    models.load_weights(other, write(tmp_path, arrays | counters))
+    assert_equal(values(other), values(model))
+
+
+# --- Transfer ---
+
+
+@pytest.mark.parametrize(
+    ("form", "naming"),
+    [row for row in ROUND_TRIPS if hasattr(FORMS[row[0]][1].func, "HEAD")],
+)
+def test_new_head_leaves_the_last_layer_alone(form, naming, tmp_path):
+    _, make = FORMS[form]
+    model, other = filled(make, 0), filled(partial(make, num_classes=5), 1)
+    before, expected = values(other), values(model)
+    arrays = arrays_of(model, tmp_path)
+    names = _weights._renamed(model, naming, arrays)
+    path = write(tmp_path, {names[name]: array for name, array in arrays.items()})
+    with pytest.raises(ValueError, match=r"in the model(.|\n)*new_head=True"):
+        models.load_weights(other, path)
+    assert_equal(values(other), before)
+    models.load_weights(other, path, new_head=True)
+    changed = 0
+    for name, value in values(other).items():
+        is_head = ".".join(map(str, name)).startswith(model.HEAD)
+        source = before if is_head else expected
+        np.testing.assert_array_equal(value, source[name])
+        changed += is_head
+    assert changed == 2 * (2 if form == "distilled" else 1)
+
+
+@pytest.mark.parametrize("form", ["pspnet", "duc"])
+def test_backbone_takes_a_classifiers_weights(form, tmp_path):
+    make = partial(ResNet, (1, 1, 1, 1), num_classes=3, expansion=4)
+    classifier, model = filled(make, 0), filled(FORMS[form][1], 1)
+    before = values(model)
+    expected = arrays_of(classifier, tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected: fc\.bias(.|\n)*new_head=True"):
+        models.load_weights(model.backbone, tmp_path / "arrays.safetensors")
+    path = tmp_path / "arrays.safetensors"
+    models.load_weights(model.backbone, path, new_head=True)
+    del expected["fc.weight"], expected["fc.bias"]
+    assert_equal(arrays_of(model.backbone, tmp_path), expected)
+    after = values(model)
+    rest = {name for name in before if name[0] != "backbone"}
+    assert rest
+    assert_equal({n: after[n] for n in rest}, {n: before[n] for n in rest})
+
+
+# --- What is refused ---
+
+
+def test_all_that_does_not_fit_is_listed_and_nothing_changes(tmp_path):
+    model = resnet()
+    before = values(model)
+    arrays = arrays_of(resnet(1), tmp_path)
+    del arrays["layer1.0.bn1.weight"], arrays["layer2.0.conv2.weight"]
+    arrays["conv1.weight"] = arrays["conv1.weight"][:, :1]
+    arrays["bn1.bias"] = arrays["bn1.bias"][:7]
+    arrays["extra.weight"] = np.zeros(2, np.float32)
+    arrays["another"] = np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match="does not fit this ResNet") as error:
+        models.load_weights(model, write(tmp_path, arrays))
+    assert str(error.value).splitlines()[1:] == [
+        "  bn1.bias is (7,), but (64,) in the model",
+        "  conv1.weight is (64, 1, 3, 3), but (64, 3, 3, 3) in the model",
+        "  missing: layer1.0.bn1.weight",
+        "  missing: layer2.0.conv2.weight",
+        "  unexpected: another",
+        "  unexpected: extra.weight",
+    ]
+    assert_equal(values(model), before)
+
+
+def test_another_network_of_the_same_names_is_refused(tmp_path):
+    model = resnet()
+    before = values(model)
+    make = partial(ResNet, (1, 2), num_classes=3, width=8, stem=3)
+    arrays_of(filled(make), tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected: layer2\.1\.bn1\.bias"):
+        models.load_weights(model, tmp_path / "arrays.safetensors", new_head=True)
+    assert_equal(values(model), before)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_quantized_weights_are_refused(dtype, tmp_path):
+    model = resnet()
+    before = values(model)
+    arrays = arrays_of(resnet(1), tmp_path)
+    arrays["fc.weight"] = arrays["fc.weight"].astype(dtype)
+    with pytest.raises(ValueError, match=r"fc\.weight is of (I8|F8_E4M3)"):
+        models.load_weights(model, write(tmp_path, arrays))
+    assert_equal(values(model), before)
+
+
+def test_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"there is no file {path}")):
+        models.load_weights(resnet(), path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_file_is_refused(kept, tmp_path):
+    model = resnet()
+    before = values(model)
+    arrays_of(resnet(1), tmp_path)
+    path = tmp_path / "arrays.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"arrays\.safetensors is no safetensors file"):
+        models.load_weights(model, path)
+    assert_equal(values(model), before)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".PT", ".bin", ".pth.tar", ".safetensors"])
+def test_pickle_is_never_opened(suffix, tmp_path):
+    path, exploded = tmp_path / f"weights{suffix}", tmp_path / "exploded"
+    path.write_bytes(pickle.dumps(Bomb(exploded)))
+    message = "no safetensors file" if suffix == ".safetensors" else "pickle file"
+    with pytest.raises(ValueError, match=message):
+        models.load_weights(resnet(), path)
+    assert not exploded.exists()
+    pickle.loads(path.read_bytes())  # would have shown
+    assert exploded.exists()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_instructions_to_convert_a_pickle_work(wrapped, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    model, other = resnet(0), resnet(1)
+    weights = {
+        name: torch.from_numpy(array.copy())
+        for name, array in arrays_of(model, tmp_path).items()
+    }
+    # Memory that is not in order, as state dicts may have it.
+    weights["fc.weight"] = weights["fc.weight"].T.contiguous().T
+    weights["bn1.num_batches_tracked"] = torch.tensor(7)
+    path = tmp_path / "it's weights.pth"
+    torch.save({"model": weights} if wrapped else weights, path)
+    with pytest.raises(ValueError, match="Convert it once") as error:
+        models.load_weights(other, path)
+    code = "\n".join(
+        line[2:] for line in str(error.value).splitlines() if line.startswith("  ")
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    models.load_weights(other, path.with_suffix(".safetensors"))
+    assert_equal(values(other), values(model))
+
+
+# --- Saving ---
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_failed_save_leaves_what_was_there(existed, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    if existed:
+        path.write_bytes(b"old")
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        models.save_weights(resnet(), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] * existed
+    if existed:
+        assert path.read_bytes() == b"old"
+
+
+def test_save_takes_the_place_of_an_older_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    for seed in (0, 1):
+        models.save_weights(resnet(seed), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    other = resnet(2)
+    models.load_weights(other, str(path))
+    assert_equal(values(other), values(resnet(1)))
+
+
+def test_saved_file_has_the_usual_permissions(tmp_path):
+    path, usual = tmp_path / "weights.safetensors", tmp_path / "usual"
+    usual.touch()
+    models.save_weights(resnet(), path)
+    assert path.stat().st_mode == usual.stat().st_mode
+
+
+def test_save_into_a_missing_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        models.save_weights(resnet(), tmp_path / "missing" / "w.safetensors")
+
+
+def test_unknown_naming_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"torchvision, timm; got 'tim'"):
+        models.save_weights(resnet(), tmp_path / "w.safetensors", naming="tim")
+    assert not os.listdir(tmp_path)
