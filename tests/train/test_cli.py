@@ -80,7 +80,10 @@ def events_of(folder):
         (("--image-size", "32x0"), "'32x0' is no size: write 224, or 360x480"),
         (("--input", "disk"), "invalid choice 'disk' for argument '--input'"),
         (("--model", "resnet9"), "resnet110"),
-        (("--learning-rate", "-1"), "learning rate must be above 0, got -1.0"),
+        (
+            ("--learning-rate", "-1"),
+            "learning rate must be above 0 and finite, got -1.0",
+        ),
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
         (("--epoch", "3"), "Perhaps you meant"),
         (("--recipe", "gc"), "gc_cifar100_resnet50"),

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -29,44 +28,18 @@ COMMON = (
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, so that a run that starts again starts fast."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(cache):
-    settings = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def run(monkeypatch, folder, *arguments, epochs=EPOCHS):
     arguments = (*COMMON, "--epochs", epochs, "--run-dir", folder, *arguments)
     monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
     command_line.main()
 
 
-def start(folder, cache, epochs):
+def start(folder, epochs):
     command = [sys.executable, "-m", "train", *COMMON, "--epochs", str(epochs)]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
         [*command, "--run-dir", str(folder)],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,19 +82,19 @@ def assert_same_end(folder, other):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache):
+def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(folder, cache, EPOCHS))
+    finish(start(folder, EPOCHS))
     return folder
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path, cache):
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path):
     epochs = 12
-    finish(start(tmp_path / "whole", cache, epochs))
+    finish(start(tmp_path / "whole", epochs))
     folder, rng, kills = tmp_path / "run", random.Random(0), 0
     while kills < KILLS:
-        process = start(folder, cache, epochs)
+        process = start(folder, epochs)
         # Some steps further than before, or right at the beginning.
         target = len(records(folder, "steps.jsonl")) + rng.randrange(8)
         while process.poll() is None and kills < KILLS:
@@ -134,15 +107,15 @@ def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(tmp_path, cache):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         assert not (folder / "summary.json").exists()
-    finish(start(folder, cache, epochs))
+    finish(start(folder, epochs))
     assert_same_end(folder, tmp_path / "whole")
     assert (folder / "summary.json").exists()
 
 
 @pytest.mark.slow
-def test_a_run_told_to_end_saves_and_says_so_by_its_exit_code(tmp_path, cache):
+def test_a_run_told_to_end_saves_and_says_so_by_its_exit_code(tmp_path):
     folder, epochs = tmp_path / "run", 40
-    process = start(folder, cache, epochs)
+    process = start(folder, epochs)
     while len(records(folder, "steps.jsonl")) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -152,10 +125,10 @@ def test_a_run_told_to_end_saves_and_says_so_by_its_exit_code(tmp_path, cache):
     assert f"{folder}; the same command goes on" in errors
     stopped = int(last_checkpoint(folder).name)
     assert stopped >= records(folder, "steps.jsonl")[-1]["step"]
-    finish(start(folder, cache, epochs))
+    finish(start(folder, epochs))
     steps = [record["step"] for record in records(folder, "steps.jsonl")]
     assert steps == sorted(set(steps))
-    finish(start(tmp_path / "whole", cache, epochs))
+    finish(start(tmp_path / "whole", epochs))
     assert_same_end(folder, tmp_path / "whole")
 
 

@@ -5,8 +5,6 @@ import functools
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from train.data._builder import Example, ImageBuilder, Item
 from train.data._images import encode_png
@@ -49,6 +47,10 @@ class Digits(ImageBuilder):
 
 def split_digits() -> dict[str, Arrays]:
     """Images, uint8 (n, 8, 8) from 0 to 255, and labels of each split."""
+    # A second to import, which is for preparing alone.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     train_images, test_images, train_labels, test_labels = train_test_split(
