@@ -6,6 +6,7 @@ from tyro.extras import SubcommandApp
 
 from benchmarks.compare import compare
 from benchmarks.input import input
+from benchmarks.loop import loop
 from benchmarks.networks import networks
 from benchmarks.transforms import transforms
 from train.errors import UsageError
@@ -15,6 +16,7 @@ app.command(compare)
 app.command(transforms)
 app.command(input)
 app.command(networks)
+app.command(loop)
 
 
 def main() -> None:
