@@ -107,6 +107,7 @@ def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
 
 _KERNELS = {
     nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv_transpose,
     nnx.Linear: _linear,
 }
 _NORMS = (
