@@ -292,16 +292,24 @@ def networks(
         console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+HEADER = ("network", "params", "GFLOP", "compile s", "fwd ms", "step ms", "GB")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """What a table under `HEADER` says of a row, and the share of the peak, if any.
+
+    FLOPs stand before the published ones, compilation of the forward before that of
+    the step, and the step's time before its quantiles in units of itself.
+    """
     published, share = row["published_gflop"], row["share_of_peak"]
     step, low, high = (row[f"step_seconds{end}"] for end in ("", "_low", "_high"))
     return (
         row["network"],
         f"{row['parameters'] / 1e6:.1f}M",
         f"{row['forward_gflop']:.2f}" + (f"/{published:.2f}" if published else ""),
-        f"{row['forward_compile_seconds']:.1f}, {row['step_compile_seconds']:.1f}",
+        f"{row['forward_compile_seconds']:.0f}, {row['step_compile_seconds']:.0f}",
         f"{1000 * row['forward_seconds']:.0f}",
-        f"{1000 * step:.0f} [{1000 * low:.0f}, {1000 * high:.0f}]",
+        f"{1000 * step:.0f} [{low / step:.2f}, {high / step:.2f}]",
         f"{row['step_bytes'] / 1e9:.2f}",
         *([f"{share:.0%}"] if share is not None else []),
     )
@@ -309,12 +317,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    header = ("network", "params", "GFLOP", "compile s", "fwd ms", "step ms", "GB")
     shares = any(row["share_of_peak"] is not None for row in rows)
-    for name in (*header, *["peak"] * shares):
+    for name in (*HEADER, *["peak"] * shares):
         table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*cells(row))
     return table
 
 
