@@ -10,7 +10,6 @@ from models._entry import CONVOLUTION, Entry
 from models._layers import ImageShapeError, Layers, apply, average_pool, check_images
 
 _STAGES = 4
-_BLOCKS = 5
 
 
 def _plain_layer_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -74,10 +73,12 @@ class UPANet(nnx.Module):
 
     Args:
       filters: channels of the stem; the stages start with one, two, four and eight
-        times as many and end with twice that.
+        times as many channels.
       num_classes: number of output logits.
       layers: makes its layers.
       in_channels: channels of the input images.
+      dense_blocks: number of those that follow the first one of a stage, each adding a
+        quarter of that one's channels.
       image_size: height and width of the images, a multiple of 8: the attention over
         pixels has a weight for each.
       remat: whether activations inside a block are computed again for gradients.
@@ -102,6 +103,7 @@ class UPANet(nnx.Module):
         num_classes: int,
         layers: Layers,
         in_channels: int = 3,
+        dense_blocks: int = 4,
         image_size: int = 32,
         remat: bool = False,
     ):
@@ -117,7 +119,7 @@ class UPANet(nnx.Module):
             width = filters << i
             first = UPABlock(channels, width, with_shortcut=True, layers=layers)
             stage, channels = [first], width
-            for _ in range(_BLOCKS - 1):
+            for _ in range(dense_blocks):
                 growth = width // 4
                 block = UPABlock(channels, growth, with_shortcut=False, layers=layers)
                 stage.append(block)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from train.program import STEPS_IN_FLIGHT, Program, of_each
 from train.step import Record, TrainState, Tree
@@ -119,7 +120,9 @@ def _advance(
 def _next_flight(program: Program, flight: int, seconds: float) -> int:
     """As many steps as take a second, so that progress is seen to move."""
     most = STEPS_IN_FLIGHT * program.steps_per_call
-    return max(1, min(most, 2 * flight, int(flight / seconds)))
+    steps = max(1, min(most, 2 * flight, int(flight / seconds)))
+    # The clocks of processes differ, and all have to report after the same steps.
+    return int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
 
 
 def _log_records(

@@ -17,6 +17,7 @@ from models._layers import (
     GroupNorm,
     InstanceNorm,
     Layers,
+    UpConv,
     adaptive_average_pool,
     resize,
 )
@@ -382,3 +383,27 @@ def test_residual_blocks_start_as_the_identity_if_asked(norm, expansion):
     block = first_block(zero_init_last_norm=True)
     np.testing.assert_array_equal(block(x), nnx.relu(x))
     assert float(jnp.abs(first_block()(x) - nnx.relu(x)).max()) > 0.1
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"dtype": jnp.bfloat16}])
+def test_doubling_convolution_is_flax_transposed_convolution(kernel_size, options):
+    ours = UpConv(3, 5, kernel_size, rngs=nnx.Rngs(0), **options)
+    ours.bias[...] = jnp.arange(5.0)
+    theirs = nnx.ConvTranspose(
+        3, 5, (kernel_size, kernel_size), strides=2, rngs=nnx.Rngs(1), **options
+    )
+    nnx.update(theirs, nnx.state(ours))
+    images = jax.random.normal(jax.random.key(0), (2, 3, 4, 3))
+    outputs, expected = ours(images), theirs(images)
+    assert outputs.shape == (2, 6, 8, 5)
+    assert outputs.dtype == expected.dtype
+    tolerance = 1e-5 if not options else 0.05
+    np.testing.assert_allclose(
+        outputs.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance
+    )
+
+
+def test_doubling_convolution_has_kernels_of_two_sizes():
+    with pytest.raises(ValueError, match="must be 2 or 4, got 3"):
+        UpConv(1, 1, 3, rngs=nnx.Rngs(0))
