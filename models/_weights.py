@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
-from models._layers import FrozenBatchNorm
+from models._layers import FrozenBatchNorm, UpConv
 
 Naming = Literal["torchvision", "timm"]
 
@@ -107,7 +107,7 @@ def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
 
 _KERNELS = {
     nnx.Conv: _conv,
-    nnx.ConvTranspose: _conv_transpose,
+    UpConv: _conv_transpose,
     nnx.Linear: _linear,
 }
 _NORMS = (

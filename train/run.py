@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 def layout_of(config: TrainingConfig) -> Layout:
     """One seed after the other, all stacked, or stacked and spread over devices.
 
-    Auto is one after the other: measured on CPUs (docs/training.md), where stacking
+    Auto is one after the other: measured on CPUs (docs/loop.md), where stacking
     turns convolutions into grouped ones without gain, and kept for other backends
     until it is measured there.
     """
@@ -101,7 +101,7 @@ def build(
             test=test,
             mesh=mesh,
             width=width,
-            # More were measured on CPUs and are slower there; see docs/training.md.
+            # More were measured on CPUs and are slower there; see docs/loop.md.
             steps_per_call=config.steps_per_call or 1,
         )
     return program, dataset
