@@ -28,10 +28,11 @@ def start_distributed(
     """Joins the processes of a run, if there are several.
 
     Launchers that JAX knows (SLURM, Open MPI, TPU pods) say in the environment which
-    process this is; otherwise all three arguments do.
+    process this is; otherwise all three arguments do. JAX ends the process with a
+    message of its own if others are not there within five minutes, or die later.
 
     Raises:
-      UsageError: if only some of the arguments are given, or others do not answer.
+      UsageError: if only some of the arguments are given, or JAX refuses them.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -40,6 +41,9 @@ def start_distributed(
                 "--coordinator HOST:PORT, --num-processes and --process-id belong "
                 "together: give all three, or none under SLURM, Open MPI or on a TPU"
             )
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UsageError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     elif not _launched_with_others():
         return
     try:

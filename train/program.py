@@ -208,12 +208,13 @@ class Program:
             stacked=self.width > 1,
             shard_parameters=self.config.shard_parameters,
         )
-        # Every process reads the whole log.
-        log = jax.tree.map(lambda _: replicated(self._mesh), state.log)
+        # Every process reads the whole of these.
+        whole = replicated(self._mesh)
+        read = {"step": whole, "log": jax.tree.map(lambda _: whole, state.log)}
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
-            shardings._replace(log=log),
+            shardings._replace(**read),
         )
 
     def _one_feed(self) -> Tree:
