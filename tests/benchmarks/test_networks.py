@@ -3,15 +3,18 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import benchmarks.__main__ as command_line
 import models
 from benchmarks import networks
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/networks_cpu.csv"
 SMALL = ("resnet8", "pixelgan")
 
 
@@ -84,6 +87,23 @@ def test_networks_are_measured_once_and_the_rest_where_it_stopped(
     with (folder / "rows.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["network"] for row in table] == list(SMALL)
+
+
+def test_80_columns_hold_the_largest_networks():
+    with RESULTS.open() as file:
+        rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(networks._table("float32", rows))
+    assert "resnext101_32x4d" in captured.get()
+    assert "…" not in captured.get()
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
 
 
 def test_bfloat16_is_compared_with_what_the_device_can_do(monkeypatch):
