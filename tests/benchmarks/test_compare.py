@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("compare", "classification", "--dataset", "digits", "--epochs", "1")
 METHOD_NAMES = [method.name for method in METHODS]
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
