@@ -125,14 +125,16 @@ def test_accumulated_parts_are_shared_by_devices_too():
 
 
 def test_each_device_computes_its_part_of_a_batch_only():
-    def operations(mesh):
-        text = program(mesh, batch_size=80)._compiled.as_text()
-        # Rows of every hidden activation, forward and backward.
-        rows = set(re.findall(rf"f32\[(\d+),{WIDTH}\]\S* tanh\(", text))
-        return rows, "all-reduce" in text
+    def operations(mesh, width=1):
+        text = program(mesh, batch_size=80, width=width)._compiled.as_text()
+        # Shapes of the hidden activations in one device's program.
+        shapes = set(re.findall(rf"f32\[([\d,]+),{WIDTH}\]\S* tanh\(", text))
+        return shapes, "all-reduce" in text
 
     assert operations(ONE_DEVICE) == ({"80"}, False)
     assert operations(make_mesh()) == ({"10"}, True)
+    # Two devices for two of eight seeds.
+    assert operations(make_mesh(4), width=8) == ({"2,40"}, True)
 
 
 @pytest.mark.parametrize(("sharers", "per_call"), [(1, 1), (2, 3)])
