@@ -342,6 +342,7 @@ class Stream:
 
     def feed_shapes(self, order: Order) -> Batch:
         """The shapes and dtypes of what `feeds` yields."""
+        _local_size(order, self._shard[1])  # refuses what processes cannot share
         size = order.batch_size
         shapes = {
             name: jax.ShapeDtypeStruct((size, *shape), dtype)
