@@ -21,14 +21,7 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has commands run on one of the devices, as on most machines without a GPU."""
-    from jax.sharding import AxisType
-
+    from tests.shared import one_device_mesh
     from train import run
 
-    def make_mesh(seeds: int = 1) -> jax.sharding.Mesh:
-        assert seeds == 1
-        axes = (AxisType.Auto,) * 2
-        devices = jax.devices()[:1]
-        return jax.make_mesh((1, 1), ("seed", "data"), axes, devices=devices)
-
-    monkeypatch.setattr(run, "make_mesh", make_mesh)
+    monkeypatch.setattr(run, "make_mesh", one_device_mesh)

@@ -189,6 +189,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
         except Exception as error:  # the file system's, or what TensorStore makes of it
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise CheckpointError(

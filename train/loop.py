@@ -74,6 +74,7 @@ def fit(
     groups = groups_of(program, seeds)
     states = list(states or map(program.init, groups))
     taken = [int(np.ravel(jax.device_get(state.step))[0]) for state in states]
+    flights = [1 for _ in groups]
     with contextlib.ExitStack() as stack:
         feeds = [
             stack.enter_context(contextlib.closing(program.feeds(group, step)))
@@ -85,10 +86,9 @@ def fit(
             for i, group in enumerate(groups):
                 if taken[i] == first:
                     states[i] = program.reset(states[i])
-                flight = 1
                 while taken[i] < end:
                     to_log = config.log_every - taken[i] % config.log_every
-                    steps = min(flight, to_log, end - taken[i])
+                    steps = min(flights[i], to_log, end - taken[i])
                     start = time.perf_counter()
                     states[i] = _advance(program, states[i], feeds[i], steps)
                     elapsed = time.perf_counter() - start
@@ -98,7 +98,7 @@ def fit(
                     if steps == to_log or taken[i] == end:
                         logs = _log_records(program, states[i], group, taken[i], epoch)
                     yield Report(tuple(states), steps * len(group), logs, [], [])
-                    flight = _next_flight(program, flight, elapsed)
+                    flights[i] = _next_flight(program, steps, elapsed)
             records, totals = _epoch_records(program, groups, states, seconds, epoch)
             yield Report(tuple(states), 0, [], records, totals)
 

@@ -140,6 +140,8 @@ def open_run_folder(
     config = json.loads(json.dumps(config, default=str))
     path = path or _new_path(name)
     if not writes:
+        if (path / CONFIG).exists():
+            _check_contents(path, config, resume)
         yield RunFolder(path, config, writes=False)
         return
     lock = filelock.FileLock(path / ".lock", timeout=0)

@@ -3,7 +3,6 @@ import functools
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.shared import disk_of
 from train.checkpoints import CheckpointError, Checkpoints
 
 KILLS = 10
@@ -237,17 +237,6 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert_restores(tmp_path, 1)
     save(tmp_path, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "3"}
-
-
-@contextlib.contextmanager
-def disk_of(num_bytes):
-    """No file can grow beyond a size: the error of a full disk but for its name."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def fail_to_save(folder, num_bytes, later):

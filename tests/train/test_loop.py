@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.shared import one_device_mesh
 from train.config import TrainingConfig
 from train.data.inputs import Resident
 from train.devices import make_mesh
@@ -62,12 +63,7 @@ def make_data(n, seed=0):
     return {"x": x, "y": x @ np.float32([2.0, -1.0])}
 
 
-ONE_DEVICE = jax.make_mesh(
-    (1, 1),
-    ("seed", "data"),
-    (jax.sharding.AxisType.Auto,) * 2,
-    devices=jax.devices()[:1],
-)
+ONE_DEVICE = one_device_mesh()
 
 
 def program(

@@ -98,3 +98,17 @@ def test_a_run_that_never_started_leaves_the_folder_free(tmp_path):
         pass  # a config that cannot be built, say
     with open_folder(tmp_path, {"epochs": 4}) as folder:
         folder.start()
+
+
+def test_a_process_that_does_not_write_refuses_another_config_too(tmp_path):
+    with open_run_folder(tmp_path, "run", {"epochs": 3}, resume=True) as folder:
+        folder.start()
+    settings = {"resume": True, "writes": False}
+    with open_run_folder(tmp_path, "run", {"epochs": 3}, **settings) as folder:
+        folder.append("rows.jsonl", {"a": 1})
+    assert not (tmp_path / "rows.jsonl").exists()
+    with (
+        pytest.raises(RunFolderError, match="epochs: 3 there, 4 here"),
+        open_run_folder(tmp_path, "run", {"epochs": 4}, **settings),
+    ):
+        pass

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import train.__main__ as command_line
+from tests.shared import one_device_mesh
 from train import data
 
 SIZE = (64, 64)
@@ -46,7 +47,7 @@ def runs(tmp_path_factory):
     data.prepare("paired_images/tiny", source=base / "pairs", **place)
     common = ("--epochs", 1, "--batch-size", 4, "--data-dir", base / "prepared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.make_mesh", one_device)
+        patch.setattr("train.run.make_mesh", one_device_mesh)
         for task, dataset, more in (
             ("classification", "image_folder/tiny", ("--seeds", 2)),
             ("segmentation", "segmentation_folder/tiny", ("--ema", 0.5)),
@@ -56,15 +57,6 @@ def runs(tmp_path_factory):
             run(patch, *arguments, "--run-dir", base / task)
     yield base
     shutil.rmtree(base)
-
-
-def one_device(seeds=1):
-    import jax
-    from jax.sharding import AxisType
-
-    axes = (AxisType.Auto,) * 2
-    devices = jax.devices()[:1]
-    return jax.make_mesh((1, 1), ("seed", "data"), axes, devices=devices)
 
 
 def form_of(path):

@@ -28,7 +28,6 @@ from train.tasks._words import in_words
 
 NAME = "classification"
 METRIC = "accuracy"
-HIGHER_IS_BETTER = True
 
 ModelName = tyro.extras.literal_type_from_choices(models.names(task=NAME))
 

@@ -30,7 +30,6 @@ from train.tasks._words import in_words
 
 NAME = "segmentation"
 METRIC = "mean_iou"
-HIGHER_IS_BETTER = True
 
 ModelName = tyro.extras.literal_type_from_choices(models.names(task=NAME))
 

@@ -27,7 +27,6 @@ from train.tasks._checks import check_images
 
 NAME = "translation"
 METRIC = "l1"
-HIGHER_IS_BETTER = False
 
 GeneratorName = tyro.extras.literal_type_from_choices(models.names("unet*", task=NAME))
 DiscriminatorName = tyro.extras.literal_type_from_choices(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import random
-import resource
 import shutil
 import signal
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.shared import disk_of
 from train import data
 from train.data._cache import write_arrays
 from train.errors import UsageError
@@ -299,17 +299,6 @@ def test_what_a_killed_process_left_is_no_dataset_and_removed(
     preparing(source, place)()
     assert content(place) == content(undisturbed)
     assert_nothing_is_left_over(place)
-
-
-@contextlib.contextmanager
-def disk_of(num_bytes):
-    """No file can grow beyond a size: the error of a full disk but for its name."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

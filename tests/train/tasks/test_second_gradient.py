@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
+from tests.shared import one_device_mesh
 from train.data import Dataset
 from train.data._dataset import Field, Reader, Split
 from train.data.inputs import Resident
@@ -53,8 +53,7 @@ def state_after_a_step(name, tricks):
         .astype(dtype)
         for field, (shape, dtype) in reader.spec.items()
     }
-    axes = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("seed", "data"), axes, devices=jax.devices()[:1])
+    mesh = one_device_mesh()
     data = Resident(arrays, mesh)
     task = module.make_task(config, dataset)
     program = Program(task, config, train=data, test=data, mesh=mesh)
