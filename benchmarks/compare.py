@@ -24,10 +24,11 @@ from benchmarks.figures import save_learning_curves
 from benchmarks.statistics import paired_interval
 from train import data
 from train.data.config import DataConfig
+from train.errors import UsageError
 from train.loop import NonFiniteLossError, fit
 from train.optimizers import OptimizerConfig
 from train.program import Program
-from train.progress import Reporter, shown_on
+from train.progress import Reporter, make_console, shown_on
 from train.run import build
 from train.run_folder import RunFolder, environment, open_run_folder
 from train.statistics import Interval
@@ -128,7 +129,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise ValueError(f"seeds must be at least 2 to compare, got {self.seeds}")
+            raise UsageError(f"seeds must be at least 2 to compare, got {self.seeds}")
         self.task_config(METHODS[0])  # raises where a setting is out of its range
 
     def task_config(self, method: Method) -> ClassificationConfig:
@@ -158,7 +159,7 @@ def compare(
       run_dir: folder for the results; a new one under runs/ if unset. One that holds a
         part of the same study is finished, and nothing in it is run again.
     """
-    console = Console()
+    console = make_console()
     described = dataclasses.asdict(config) | {
         "methods": {m.name: dataclasses.asdict(config.task_config(m)) for m in METHODS}
     }
@@ -169,10 +170,10 @@ def compare(
         summaries = summarize(rows)
         _write_results(folder, rows, summaries, config.seeds)
         save_learning_curves(rows, folder.path / "learning_curves.png")
-        console.print(_table(summaries))
+        console.print(_table(summaries), soft_wrap=False)
         text = conclusion(summaries, config.seeds)
-        console.print(text, highlight=False, soft_wrap=True)
-        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+        console.print(text)
+        console.print(f"Written to {folder.path}")
 
 
 def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 import optax
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Ratio, interleave, ratio
@@ -34,7 +33,7 @@ from train.data.augment import Augmentation
 from train.data.inputs import Input, Resident, Shuffled, Stream, default_workers
 from train.errors import UsageError
 from train.gradients import split
-from train.progress import shown_on
+from train.progress import make_console, shown_on
 from train.run_folder import environment, open_run_folder
 from train.step import Metrics, Models, Network, make_train_step, new_state
 from train.tasks.classification import Classification, ClassificationConfig
@@ -383,7 +382,7 @@ def input(
     """
     if rounds < 1:
         raise UsageError(f"rounds must be at least 1, got {rounds}")
-    console = Console()
+    console = make_console()
     config = {"cifar10": cifar10, "camvid": camvid, "rounds": rounds}
     subjects = _subjects(cifar10, camvid)
     for subject in subjects:  # what is missing is said before anything is timed
@@ -398,8 +397,8 @@ def input(
         _write(folder.path / "rows.csv", measurements)
         for name in dict.fromkeys((m.dataset, m.part) for m in measurements):
             found = [m for m in measurements if (m.dataset, m.part) == name]
-            console.print(_table(": ".join(name), found))
-        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+            console.print(_table(": ".join(name), found), soft_wrap=False)
+        console.print(f"Written to {folder.path}")
 
 
 def _table(title: str, measurements: list[Measurement]) -> Table:

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Ratio, interleave, ratio
@@ -33,7 +32,7 @@ from train.events import Events
 from train.loop import fit, groups_of
 from train.optimizers import OptimizerConfig
 from train.program import Program
-from train.progress import shown_on
+from train.progress import make_console, shown_on
 from train.run import _Run, layout_of
 from train.run_folder import RunFolder, environment, open_run_folder
 from train.step import TrainState
@@ -345,12 +344,12 @@ def loop(
     """
     if rounds < 1:
         raise UsageError(f"rounds must be at least 1, got {rounds}")
-    console = Console()
+    console = make_console()
     subjects = _subjects(cifar10, rounds)
     try:
         open_prepared(cifar10, data_dir=data_dir)
     except UsageError as error:
-        console.print(f"without {cifar10}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"without {cifar10}: {error}")
         subjects = subjects[:1]
     config = {"subjects": [dataclasses.asdict(subject) for subject in subjects]}
     with open_run_folder(run_dir, "loop", config, resume=False) as folder:
@@ -365,8 +364,8 @@ def loop(
                     reporter.advance()
         _write(folder.path / "rows.csv", measurements)
         for title, found in itertools.groupby(measurements, _title):
-            console.print(_table(title, found))
-        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+            console.print(_table(title, found), soft_wrap=False)
+        console.print(f"Written to {folder.path}")
 
 
 def _title(m: Measurement) -> str:

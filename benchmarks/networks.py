@@ -19,14 +19,13 @@ import numpy as np
 import optax
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import models
 from benchmarks.timing import interleave
 from train.errors import UsageError
 from train.gradients import batch_gradients, split
-from train.progress import shown_on
+from train.progress import make_console, shown_on
 from train.run_folder import environment, open_run_folder
 
 Tree = Any
@@ -265,7 +264,7 @@ def networks(
     chosen = [n for n in models.names() if any(n in models.names(p) for p in names)]
     both = jax.default_backend() == "gpu"
     dtypes = [dtype] if dtype else ["float32", *["bfloat16"] * both]
-    console = Console()
+    console = make_console()
     config = {
         "networks": chosen,
         "batch_size": batch_size,
@@ -288,8 +287,10 @@ def networks(
         _write(folder.path / "rows.csv", rows)
         for dtype in dtypes:
             found = [row for row in rows if row["dtype"] == dtype]
-            console.print(_table(f"{dtype}, batches of {batch_size}", found))
-        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+            console.print(
+                _table(f"{dtype}, batches of {batch_size}", found), soft_wrap=False
+            )
+        console.print(f"Written to {folder.path}")
 
 
 HEADER = ("network", "params", "GFLOP", "compile s", "fwd ms", "step ms", "GB")

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import models
@@ -26,6 +25,7 @@ import optax_tricks
 from benchmarks.timing import Ratio, interleave, ratio
 from train.errors import UsageError
 from train.gradients import batch_gradients, split
+from train.progress import make_console
 from train.run_folder import RunFolder, environment, open_run_folder
 
 Tree = Any
@@ -317,7 +317,7 @@ def transforms(
         raise UsageError(
             f"rounds and batch size must be at least 1, got {rounds} and {batch_size}"
         )
-    console = Console()
+    console = make_console()
     config = {"rounds": rounds, "batch_size": batch_size}
     with open_run_folder(run_dir, "transforms", config, resume=False) as folder:
         folder.start()
@@ -327,8 +327,11 @@ def transforms(
             measurements += measure_steps(rounds, batch_size)
         _write(folder, measurements)
         for part in dict.fromkeys(m.part for m in measurements):
-            console.print(_table(part, [m for m in measurements if m.part == part]))
-        console.print(f"Written to {folder.path}", highlight=False, soft_wrap=True)
+            console.print(
+                _table(part, [m for m in measurements if m.part == part]),
+                soft_wrap=False,
+            )
+        console.print(f"Written to {folder.path}")
 
 
 _HEADER = ("member", "ms", "ratio [10 %, 90 %]", "to", "GB/least")

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from rich.console import Console
 from tyro.extras import SubcommandApp
 
 from train.config import TrainingConfig
@@ -17,6 +16,7 @@ from train.errors import UsageError
 from train.loop import NonFiniteLossError
 from train.optimizers import OPTIMIZERS, PLACES, SCHEDULES, TRICKS
 from train.preemption import EXIT_CODE, PreemptedError
+from train.progress import make_console
 from train.recipes import RECIPES
 from train.tasks import TASKS
 
@@ -62,7 +62,7 @@ def _command(
             config,
             run_dir=run_dir,
             resume=resume == "auto",
-            console=Console(quiet=jax.process_index() > 0),
+            console=make_console(quiet=jax.process_index() > 0),
         )
 
     command.__name__ = module.NAME
@@ -103,7 +103,7 @@ def _export(run: Path, output: Path | None = None, seed: int | None = None) -> N
     """
     from train import trained
 
-    console = Console()
+    console = make_console()
     trained.export(trained.open_trained(run, seed, console), output, console)
 
 
@@ -123,7 +123,7 @@ def _predict(
     """
     from train import trained
 
-    console = Console()
+    console = make_console()
     found = trained.open_trained(run, seed, console)
     trained.predict(found, images, output, console)
 
@@ -148,10 +148,10 @@ def _samples(
         raise UsageError(f"{len(runs)} runs need as many labels, got {len(labels)}")
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
-    console = Console()
+    console = make_console()
     found = [trained.open_trained(run, None, console) for run in runs]
     trained.samples(found, labels or [run.name for run in runs], count, output)
-    console.print(f"written: {output}", highlight=False, soft_wrap=True)
+    console.print(f"written: {output}")
 
 
 def _make_app(arguments: list[str]) -> SubcommandApp:

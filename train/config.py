@@ -10,6 +10,7 @@ import tyro
 from jax.typing import DTypeLike
 
 from train.data.config import DataConfig
+from train.errors import UsageError
 from train.optimizers import OptimizerConfig
 
 T = TypeVar("T")
@@ -58,20 +59,20 @@ class TrainingConfig:
         for name in (*counts, "evaluate_every", "steps_per_call"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UsageError(f"{name} must be at least 1, got {value}")
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UsageError(
                 f"accumulate must divide the batch size, {self.batch_size}; got "
                 f"{self.accumulate}"
             )
         if not self.checkpoint_minutes >= 0:
-            raise ValueError(
+            raise UsageError(
                 f"checkpoint_minutes must be 0 or more, got {self.checkpoint_minutes}"
             )
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be from 0 to below 1, got {self.ema}")
+            raise UsageError(f"ema must be from 0 to below 1, got {self.ema}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
+            raise UsageError(f"seed must be from 0 to 2**31 - 1, got {self.seed}")
 
     @property
     def dtype(self) -> DTypeLike | None:

@@ -118,30 +118,30 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(choices)
-                raise ValueError(f"unknown {name} {value!r}; known: {known}")
+                raise UsageError(f"unknown {name} {value!r}; known: {known}")
         for name, (range_, is_inside) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not is_inside(value):
                 words = name.replace("_", " ")
-                raise ValueError(f"{words} must be {range_}, got {value}")
+                raise UsageError(f"{words} must be {range_}, got {value}")
         if self.random_low > self.random_high:
-            raise ValueError(
+            raise UsageError(
                 f"random low {self.random_low} is above random high {self.random_high}"
                 ": swap them"
             )
         if self.nesterov and self.optimizer not in ("sgd", "sgdw"):
-            raise ValueError(f"nesterov is for sgd and sgdw, not {self.optimizer}")
+            raise UsageError(f"nesterov is for sgd and sgdw, not {self.optimizer}")
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0, got 0")
+            raise UsageError("nesterov needs a momentum above 0, got 0")
         if any(b <= a for a, b in itertools.pairwise((0, *self.milestones))):
-            raise ValueError(
+            raise UsageError(
                 f"milestones must rise from 1 or more, got {self.milestones}"
             )
         if self.schedule == "step" and not self.milestones:
-            raise ValueError("the step schedule needs milestones, such as 60 120 160")
+            raise UsageError("the step schedule needs milestones, such as 60 120 160")
         check_tricks(self.tricks)
         if self.head_learning_rate and "barzilai_borwein" in self.tricks:
-            raise ValueError(
+            raise UsageError(
                 "barzilai_borwein probes with one rate for all parameters, got a head "
                 f"learning rate of {self.head_learning_rate}: leave one of them out"
             )

@@ -19,6 +19,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 _WIDE = 100
 
 
+def make_console(*, quiet: bool = False) -> Console:
+    """A console that shows text as it is: file names may have brackets, or be long.
+
+    Tables, which are to fit the terminal, are printed with `soft_wrap=False`.
+    """
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+
+
 class Reporter:
     """Counts steps; this one tells nobody.
 
@@ -73,9 +81,7 @@ class _Lines(Reporter):
         self._last = now
         left = (now - self._start) / self.done * (self.total - self.done)
         self._console.print(
-            f"{self.done:,}/{self.total:,}, {left:.0f} s left: {self.text}",
-            highlight=False,
-            soft_wrap=True,
+            f"{self.done:,}/{self.total:,}, {left:.0f} s left: {self.text}"
         )
 
 
@@ -96,7 +102,7 @@ def shown_on(console: Console) -> Progress:
         # Where the terminal is narrow the text gives way, not the time left.
         flexible = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}", table_column=flexible),
+            TextColumn("{task.description}", markup=False, table_column=flexible),
             *([BarColumn(bar_width=20)] if console.width >= _WIDE else []),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),

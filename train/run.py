@@ -161,9 +161,7 @@ def train(
                 if saved:
                     console.print(
                         f"the last good state is kept: checkpoint {saved[-1]} in "
-                        f"{folder.path}",
-                        highlight=False,
-                        soft_wrap=True,
+                        f"{folder.path}"
                     )
                 raise
         run.finish(console)
@@ -344,9 +342,7 @@ class _Run:
             console.print(
                 f"{self.config.data.evaluate_on} {self._score(last)} after {steps} "
                 f"steps in {seconds:.1f} s (compiled in "
-                f"{self.program.compile_seconds:.1f} s); written to {self.folder.path}",
-                highlight=False,
-                soft_wrap=True,
+                f"{self.program.compile_seconds:.1f} s); written to {self.folder.path}"
             )
 
 

@@ -79,7 +79,7 @@ def open_trained(folder: Path, seed: int | None, console: Console) -> Trained:
         module, kind = TASKS[described.pop("task")]
         config = from_json(kind, described)
         dataset = from_description(json.loads((folder / DATASET).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UsageError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder} is not the folder of a training run ({error!r}): give one that "
             "`python -m train` has written"
@@ -150,7 +150,7 @@ def export(trained: Trained, output: Path | None, console: Console) -> list[Path
         path = output.with_stem(f"{output.stem}-{name}") if several else output
         model = nnx.merge(graphdef, params[name], model_state[name])
         models.save_weights(model, path)
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        console.print(f"written: {path}")
         paths.append(path)
     return paths
 
@@ -188,8 +188,8 @@ def predict(
     names = [file.stem for file in files]
     lines = trained.task.save_predictions(output, names, photos, predictions)
     for file, line in zip(files, lines, strict=True):
-        console.print(f"{file}: {line}", highlight=False, soft_wrap=True)
-    console.print(f"written to {output}", highlight=False, soft_wrap=True)
+        console.print(f"{file}: {line}")
+    console.print(f"written to {output}")
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from train.errors import UsageError
+
 TRICKS = {
     "random": "Random Gradient: one random factor per step on the whole gradient",
     "centralize": "Gradient Centralization: minus its mean for each output unit",
@@ -24,15 +26,15 @@ def check_tricks(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRICKS | PLACES:
             known = "; ".join(f"{k} ({v})" for k, v in (TRICKS | PLACES).items())
-            raise ValueError(f"unknown trick {name!r}; known: {known}")
+            raise UsageError(f"unknown trick {name!r}; known: {known}")
     if len(set(names)) < len(names):
-        raise ValueError(f"a trick is named twice: {','.join(names)}")
+        raise UsageError(f"a trick is named twice: {','.join(names)}")
     pairs = [name for name in names if name in TWO_GRADIENTS]
     if len(pairs) > 1:
-        raise ValueError(f"{' and '.join(pairs)} both replace the gradient: take one")
+        raise UsageError(f"{' and '.join(pairs)} both replace the gradient: take one")
     if pairs and names[0] != pairs[0]:
         mended = [pairs[0], *(name for name in names if name != pairs[0])]
-        raise ValueError(
+        raise UsageError(
             f"{pairs[0]} replaces the gradient, and with it what the names before it "
             f"in {','.join(names)} make of it: put it first, {','.join(mended)}"
         )
@@ -60,7 +62,7 @@ def chain_order(
       clip: whether the gradient is clipped.
 
     Raises:
-      ValueError: if decay is named on the side of the optimizer where it would be decay
+      UsageError: if decay is named on the side of the optimizer where it would be decay
         of the other kind.
 
     Examples:
@@ -77,7 +79,7 @@ def chain_order(
     if "decay" in order:
         if decoupled != (order.index("decay") > place):
             side = "behind" if decoupled else "in front of"
-            raise ValueError(
+            raise UsageError(
                 f"decay is on the wrong side of the optimizer in {','.join(order)}: "
                 f"name it {side} `optimizer`, or take an optimizer with "
                 f"{'L2' if decoupled else 'decoupled'} decay"

@@ -74,21 +74,13 @@ def events_of(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tricks", "rndom"), "unknown trick 'rndom'; known: random"),
         (("--augment", "mirrored"), "unknown augmentation 'mirrored'; known: pad_crop"),
         (("--image-size", "0x3"), "'0x3' is no size: write 224, or 360x480"),
         (("--image-size", "32x0"), "'32x0' is no size: write 224, or 360x480"),
         (("--input", "disk"), "invalid choice 'disk' for argument '--input'"),
         (("--model", "resnet9"), "resnet110"),
-        (
-            ("--learning-rate", "-1"),
-            "learning rate must be above 0 and finite, got -1.0",
-        ),
-        (("--epochs", "0"), "epochs must be at least 1, got 0"),
         (("--epoch", "3"), "Perhaps you meant"),
         (("--recipe", "gc"), "gc_cifar100_resnet50"),
-        (("--accumulate", "3"), "accumulate must divide the batch size, 100; got 3"),
-        (("--seeds", "0"), "seeds must be at least 1, got 0"),
     ],
 )
 def test_wrong_flags_say_what_exists(monkeypatch, capsys, arguments, message):
@@ -97,6 +89,21 @@ def test_wrong_flags_say_what_exists(monkeypatch, capsys, arguments, message):
         run(monkeypatch, "classification", *arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tricks", "rndom"), "unknown trick 'rndom'; known: random"),
+        (("--learning-rate", "-1"), "learning rate must be above 0 and finite, got -1"),
+        (("--epochs", "0"), "epochs must be at least 1, got 0"),
+        (("--accumulate", "3"), "accumulate must divide the batch size, 100; got 3"),
+        (("--seeds", "0"), "seeds must be at least 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_one_line(monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        run(monkeypatch, "classification", *arguments)
 
 
 def test_help_and_list_of_tricks(monkeypatch, capsys):

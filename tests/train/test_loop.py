@@ -285,7 +285,7 @@ def test_parameters_that_are_not_finite_stop_the_run_though_the_loss_is():
 
 @pytest.mark.parametrize("batch_size", [0, -1, 31])
 def test_a_batch_that_does_not_fit_is_refused(batch_size):
-    with pytest.raises(ValueError, match=rf"at least 1, got {batch_size}|1 to the 30"):
+    with pytest.raises(UsageError, match=rf"at least 1, got {batch_size}|1 to the 30"):
         program(config={"batch_size": batch_size})
 
 
@@ -294,7 +294,7 @@ def test_batches_that_devices_or_parts_cannot_share_are_refused():
         program(mesh=make_mesh(), config={"batch_size": 12})
     with pytest.raises(UsageError, match=r"multiple of 16, .*--accumulate \(2\)"):
         program(mesh=make_mesh(), config={"batch_size": 24, "accumulate": 2})
-    with pytest.raises(ValueError, match="must divide the batch size, 8; got 3"):
+    with pytest.raises(UsageError, match="must divide the batch size, 8; got 3"):
         program(config={"accumulate": 3})
 
 

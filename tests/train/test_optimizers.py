@@ -476,7 +476,7 @@ def test_a_warm_up_longer_than_the_run_is_refused():
     ],
 )
 def test_bad_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         OptimizerConfig(**changes)
 
 

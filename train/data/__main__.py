@@ -10,7 +10,6 @@ import numpy as np
 import tyro
 from absl import logging
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tyro.extras import SubcommandApp
@@ -20,10 +19,10 @@ from train.data import contact_sheet
 from train.data._builder import summarize
 from train.data._statistics import Statistics
 from train.errors import UsageError
-from train.progress import shown_on
+from train.progress import make_console, shown_on
 
 app = SubcommandApp()
-console = Console()
+console = make_console()
 progress = shown_on(console)
 
 Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
@@ -45,10 +44,10 @@ def list_datasets(data_dir: DataDir = None) -> None:
         "cifar10, cifar100, imagenet2012, ...",
         "the catalogue of tensorflow-datasets",
     )
-    console.print(table)
+    console.print(table, soft_wrap=False)
     where = data_dir or data.default_data_dir()
     found = ", ".join(data.prepared(data_dir)) or "nothing yet"
-    _say(f"Prepared in {where}: {found}")
+    console.print(f"Prepared in {where}: {found}")
 
 
 @app.command
@@ -81,7 +80,9 @@ def prepare(
     }
     before = data.folder_of(name, data_dir)
     if before is not None:
-        _say(f"{name} is prepared already; to do it again, remove {before} first")
+        console.print(
+            f"{name} is prepared already; to do it again, remove {before} first"
+        )
         return
     start = time.monotonic()
     builder = data.prepare(
@@ -92,9 +93,9 @@ def prepare(
         **{key: value for key, value in options.items() if value is not None},
     )
     seconds, peak = time.monotonic() - start, _peak_megabytes()
-    _say(f"prepared in {seconds:.1f} s, with at most {peak:,.0f} MB of memory")
+    console.print(f"prepared in {seconds:.1f} s, with at most {peak:,.0f} MB of memory")
     if builder is not None and builder.skipped:
-        _say(f"left out {summarize(builder.skipped)}")
+        console.print(f"left out {summarize(builder.skipped)}")
     info(name, data_dir)
 
 
@@ -114,19 +115,19 @@ def info(name: Name, data_dir: DataDir = None) -> None:
     found = data.open_prepared(name, data_dir=data_dir, progress=progress)
     measured = found.statistics(progress)
     size = sum(file.stat().st_size for file in found.folder.glob("*.array_record*"))
-    _say(f"{name} in {found.folder}, {size / 1e6:.1f} MB")
+    console.print(f"{name} in {found.folder}, {size / 1e6:.1f} MB")
     table = Table("split", "examples", "width x height", box=box.SIMPLE_HEAD)
     for key in measured["train"].mean:
         table.add_column(f"{key} mean / std")
     for split, of_split in measured.items():
         count = f"{of_split.num_examples:,}"
         table.add_row(split, count, _sizes(of_split), *_moments(of_split))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for key in measured["train"].counts:
-        console.print(_frequencies(key, found, measured))
+        console.print(_frequencies(key, found, measured), soft_wrap=False)
     for split, of_split in measured.items():
         if of_split.num_measured < of_split.num_examples:
-            _say(
+            console.print(
                 f"{split}: measured on {of_split.num_measured:,} evenly spread examples"
             )
 
@@ -227,11 +228,7 @@ def show(
         )
     else:
         contact_sheet.paired(arrays["input"], arrays["target"], path, title=title)
-    _say(f"drew {title} to {path}")
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"drew {title} to {path}")
 
 
 def main() -> None:

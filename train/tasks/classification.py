@@ -49,7 +49,7 @@ class ClassificationConfig(TrainingConfig):
         TrainingConfig.__post_init__(self)
         models.describe(self.model)
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
+            raise UsageError(
                 f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}"
             )
 

@@ -19,6 +19,7 @@ from train.config import TrainingConfig
 from train.data import Dataset, augment
 from train.data.augment import Augmentation
 from train.data.config import DataConfig
+from train.errors import UsageError
 from train.metrics import psnr, ssim
 from train.optimizers import OptimizerConfig
 from train.progress import Progress, silent
@@ -78,7 +79,7 @@ class TranslationConfig(TrainingConfig):
         models.describe(self.generator)
         models.describe(self.discriminator)
         if not self.l1_weight >= 0:
-            raise ValueError(f"l1_weight must be >= 0, got {self.l1_weight}")
+            raise UsageError(f"l1_weight must be >= 0, got {self.l1_weight}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -196,5 +196,5 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 def test_label_smoothing_is_a_share():
-    with pytest.raises(ValueError, match=r"label_smoothing must be .* got 1\.0"):
+    with pytest.raises(UsageError, match=r"label_smoothing must be .* got 1\.0"):
         ClassificationConfig(label_smoothing=1.0)

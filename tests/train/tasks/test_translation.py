@@ -238,5 +238,5 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 def test_weight_below_zero_is_refused():
-    with pytest.raises(ValueError, match="l1_weight must be >= 0, got -1"):
+    with pytest.raises(UsageError, match="l1_weight must be >= 0, got -1"):
         TranslationConfig(l1_weight=-1)
