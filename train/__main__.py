@@ -1,10 +1,12 @@
 """Command line: python -m train TASK."""
 
+import os
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import jax
 import tyro
@@ -180,19 +182,33 @@ def main() -> None:
             prog="python -m train", description="Train networks with the tricks."
         )
     except (UsageError, NonFiniteLossError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _fail(f"error: {error}")
     except PreemptedError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            "error: the device is out of memory: choose a smaller --batch-size, or cut "
-            "batches into parts by --accumulate 2 or more"
-        )
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(
+                "error: the device is out of memory: choose a smaller --batch-size, or "
+                "cut batches into parts by --accumulate 2 or more"
+            )
+        if jax.distributed.is_initialized():
+            _fail(traceback.format_exc())
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    """Ends the process.
+
+    One of several does so at once: JAX would wait for the others to end, for minutes,
+    and they for this one.
+    """
+    if jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit(message)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,20 @@ def test_a_folder_is_gone(tmp_path):
             checkpoints.save(2, state_of(2))
 
 
+def test_what_jax_says_of_other_processes_is_not_of_the_disk(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1))
+
+        def wait():
+            raise jax.errors.JaxRuntimeError("another task died")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "wait_until_finished", wait)
+            with pytest.raises(jax.errors.JaxRuntimeError, match="another task died"):
+                checkpoints.save(2, state_of(2))
+    assert_restores(tmp_path, 1)
+
+
 def one_device(leaf):
     return SingleDeviceSharding(jax.devices()[0])
 

@@ -59,10 +59,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def pair(folder, *arguments):
+def pair(folder, *arguments, second=()):
     together = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
     arguments = (*COMMAND, "--run-dir", folder, *arguments, *together, "--process-id")
-    return ended([start(*arguments, index) for index in range(2)])
+    return ended([start(*arguments, 0), start(*arguments, 1, *second)])
 
 
 def finish(started):
@@ -151,6 +151,16 @@ def test_killed_or_told_to_end_they_go_on_to_the_same_numbers(tmp_path, alone):
     # With the seconds, which tell a record that was kept from one made anew.
     assert records(folder)[: len(before)] == before
     assert_same_run(folder, alone)
+
+
+def test_one_that_cannot_go_on_ends_by_itself_and_the_others_do_too(tmp_path):
+    wrong = ("--weights", tmp_path / "missing.safetensors")
+    with pair(tmp_path / "run", second=wrong) as started:
+        output, errors = started[1].communicate(timeout=LIMIT)
+        assert started[1].returncode == 1, output + errors
+        assert errors.startswith("error: --weights: ")
+        (code, _), said = finish(started)
+    assert code not in (0, EXIT_CODE), said
 
 
 def test_of_a_stream_each_reads_its_part_and_one_writes(tmp_path, alone):

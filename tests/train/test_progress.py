@@ -22,17 +22,23 @@ def test_the_time_left_is_seen_on_a_terminal_of_any_width(width):
     assert "epoch 6/8" in last[-1]
 
 
-def test_plain_lines_come_now_and_then(monkeypatch):
+def test_plain_lines_come_now_and_then(monkeypatch, capsys):
     now = iter(range(0, 1000, 4))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    file = io.StringIO()
-    console = Console(file=file, width=80)
-    with progress.shown_on(console)("writing", 10) as reporter:
+    with progress.shown_on(progress.make_console())("writing", 10) as reporter:
         for _ in range(10):
             reporter.advance()
-    lines = file.getvalue().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3/10, 28 s left: writing"
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("width", ["20", "200"])
+def test_text_is_shown_as_it_is(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", width)
+    text = "written to [runs]/" + "long/" * 20
+    progress.make_console().print(text)
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_silence_counts_too():
