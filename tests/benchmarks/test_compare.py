@@ -14,6 +14,7 @@ import pytest
 import benchmarks.__main__ as command_line
 from benchmarks import compare
 from benchmarks.compare import METHODS, CompareConfig, conclusion, summarize
+from train.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("compare", "classification", "--dataset", "digits", "--epochs", "1")
@@ -112,7 +113,7 @@ def test_a_folder_that_cannot_be_written_fails_before_training(monkeypatch, tmp_
 
 
 def test_too_few_seeds_are_refused():
-    with pytest.raises(ValueError, match="at least 2 to compare, got 1"):
+    with pytest.raises(UsageError, match="at least 2 to compare, got 1"):
         CompareConfig(seeds=1)
 
 
