@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -117,6 +118,25 @@ def test_exported_weights_are_those_of_the_seed(runs, tmp_path, monkeypatch, cap
     assert "written:" in capsys.readouterr().out
     assert found[0]["fc.weight"].shape == (2, 64)
     assert (found[0]["fc.weight"] != found[1]["fc.weight"]).any()
+
+
+def test_of_a_moving_average_it_is_what_is_exported(runs, tmp_path, monkeypatch):
+    folder, path = runs / "segmentation", tmp_path / "weights.safetensors"
+    run(monkeypatch, "export", folder, "--output", path)
+    exported = load_file(path)
+    saved = folder / "checkpoints" / "1" / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        names = checkpointer.metadata(saved).item_metadata.tree
+        args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+        arrays = checkpointer.restore(saved, restore_args=args)
+    (bias,) = (name for name in exported if name.endswith("head.bias"))
+    for part, is_it in ((".average[0]", True), (".params", False)):
+        (found,) = (
+            array
+            for name, array in arrays.items()
+            if part in name and name.endswith("['head']['bias']")
+        )
+        assert (exported[bias] == found).all() == is_it, part
 
 
 def test_each_network_is_exported(runs, monkeypatch):
