@@ -1,4 +1,4 @@
-"""What docs/networks.md says is what the catalogue and the results say."""
+"""What the pages of docs/ say is what the catalogue and the committed rows say."""
 
 import csv
 import re
@@ -69,6 +69,24 @@ def test_every_option_is_explained():
     options = {o for name in models.names() for o in models.describe(name).options}
     explained = set(re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE))
     assert options == explained - set(models.names())
+
+
+def test_what_has_been_trained_is_that_of_the_committed_rows():
+    page = (ROOT / "docs/training.md").read_text()
+    commands = page.replace("\\\n    ", "")
+    with (ROOT / "benchmarks/results/training_cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    for row in rows:
+        score, seconds = float(row["score"]), float(row["train_seconds"])
+        time = f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"
+        line = (
+            rf"\| .*{row['data']}.* \| `{row['network']}` "
+            rf"\| {row['metric']} {score:.3f} \| .* "
+            rf"\| {int(row['steps']):,} of {row['batch_size']} .* \| {time} \|"
+        )
+        assert re.search(line, page), line
+        assert row["command"] in commands
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["create", "weights"])
