@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -156,8 +157,10 @@ class Discriminator(nnx.Module):
             made.append(ConvNorm(conv, not is_first and not is_last, layers=layers))
         self.layers = nnx.List(made)
         self.in_channels = in_channels
-        # So small an image gives a single patch.
-        self.at_least = 1 if kernel_size == 1 else 24
+        # So small an image gives a single patch: without a stride the larger kernel
+        # loses a pixel.
+        lost = strides.count(1) if kernel_size > 1 else 0
+        self.at_least = (1 + lost) * math.prod(strides)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps (batch, height, width, channels) to logits (batch, rows, columns, 1)."""
@@ -221,6 +224,15 @@ ENTRIES = (
         2_768_705,
         (64, 128, 256, 512),
         (2, 2, 2, 1, 1),
+        4,
+        last_bias=True,
+    ),
+    _discriminator(
+        "patchgan16",
+        "PatchGAN discriminator of 16x16 patches",
+        139_585,
+        (64, 128),
+        (2, 1, 1),
         4,
         last_bias=True,
     ),

@@ -60,6 +60,8 @@ def test_output_shape(name):
         if name == "patchgan70":
             # Three halvings and two convolutions that lose a pixel each.
             expected = (height // 8 - 2, width // 8 - 2, 1)
+        elif name == "patchgan16":
+            expected = (height // 2 - 2, width // 2 - 2, 1)
         elif name == "pixelgan":
             expected = (height, width, 1)
         elif entry.task == "translation":
@@ -112,6 +114,7 @@ REFUSED = [
     ("unet256", (256, 300), "multiples of 256, got 256x300.*256x256 or 256x512"),
     ("unet128", (64, 64), "multiples of 128, got 64x64"),
     ("patchgan70", (23, 23), "at least 24x24, got 23x23"),
+    ("patchgan16", (6, 5), "at least 6x6, got 6x5"),
 ]
 
 
@@ -127,6 +130,7 @@ def test_smallest_images_that_are_not_refused_work():
     assert output_shape(abstract("densenet121"), (1, 32, 32, 3)) == (1, 1000)
     assert output_shape(abstract("vgg11_bn"), (1, 32, 32, 3)) == (1, 1000)
     assert output_shape(abstract("patchgan70"), (1, 24, 24, 6)) == (1, 1, 1, 1)
+    assert output_shape(abstract("patchgan16"), (1, 6, 6, 6)) == (1, 1, 1, 1)
     assert output_shape(abstract("resnet18"), (1, 1, 1, 3)) == (1, 1000)
     assert output_shape(abstract("pspnet50"), (1, 8, 8, 3)) == (1, 8, 8, 21)
 

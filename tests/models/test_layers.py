@@ -72,6 +72,15 @@ def test_a_logit_of_patchgan_sees_70_by_70_pixels():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_logit_of_patchgan16_sees_16_by_16_pixels():
+    model = models.create("patchgan16", rngs=nnx.Rngs(0), norm="none", in_channels=1)
+    found = seen(with_positive_weights(model), (40, 48, 1), 7, 9)
+    # Two pixels from logit to logit, and five of padding in front of the first.
+    expected = window((40, 48), (7 * 2 - 5, 25), (9 * 2 - 5, 29))
+    assert expected.sum() == 16 * 16
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_logit_of_pixelgan_sees_one_pixel():
     model = models.create("pixelgan", rngs=nnx.Rngs(0), norm="none", in_channels=1)
     found = seen(with_positive_weights(model), (5, 8, 1), 3, 6)

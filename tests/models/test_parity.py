@@ -181,6 +181,7 @@ CASES = {
         (2, 64, 128, 3),
     ),
     "patchgan": catalogued("patchgan70", (2, 32, 48, 6)),
+    "patchgan16": catalogued("patchgan16", (2, 16, 24, 6)),
     "pixelgan": catalogued("pixelgan", (2, 8, 12, 6)),
 }
 

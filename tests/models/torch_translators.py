@@ -111,6 +111,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         biases=(True, False, False, False, True),
         size=4,
     ),
+    "patchgan16": partial(
+        Discriminator,
+        widths=(64, 128, 1),
+        strides=(2, 1, 1),
+        norms=(False, True, False),
+        biases=(True, False, True),
+        size=4,
+    ),
     # With batch norm the authors' code leaves out the last bias here.
     "pixelgan": partial(
         Discriminator,

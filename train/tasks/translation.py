@@ -46,7 +46,7 @@ class TranslationConfig(TrainingConfig):
     )
     generator: GeneratorName = "unet64_small"
     """Network that translates."""
-    discriminator: DiscriminatorName = "patchgan70"
+    discriminator: DiscriminatorName = "patchgan16"
     """Network that tells its images from real ones, beside the input."""
     norm: Literal["batch", "instance"] = "batch"
     """Normalisation in both; with one image in a step they are alike in training."""
