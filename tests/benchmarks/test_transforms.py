@@ -7,6 +7,7 @@ import pytest
 
 import benchmarks.__main__ as command_line
 from benchmarks import transforms
+from train.errors import UsageError
 
 
 def _leaves(shapes):
@@ -47,5 +48,5 @@ def test_the_benchmark_runs_and_writes_its_rows(monkeypatch, tmp_path, capsys):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 1, got 0 and 64"):
+    with pytest.raises(UsageError, match="at least 1, got 0 and 64"):
         transforms.transforms(rounds=0, run_dir=tmp_path)

@@ -141,9 +141,12 @@ def test_of_a_moving_average_it_is_what_is_exported(runs, tmp_path, monkeypatch)
 
 def test_each_network_is_exported(runs, monkeypatch):
     run(monkeypatch, "export", runs / "translation")
-    for name in ("generator", "discriminator"):
+    for name, first, inputs in (
+        ("generator", "down.0.conv.weight", 3),
+        ("discriminator", "layers.0.conv.weight", 6),
+    ):
         weights = load_file(runs / "translation" / f"weights-{name}.safetensors")
-        assert len(weights) > 10
+        assert weights[first].shape[1:] == (inputs, 4, 4)
 
 
 def test_runs_are_laid_side_by_side(runs, tmp_path, monkeypatch):
