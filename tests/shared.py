@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 
 def one_device_mesh() -> Mesh:
-    """The first device alone, in the form of `train.devices.make_mesh`."""
+    """The first device alone, in the form of `train.parallel.make_mesh`."""
     axes = (AxisType.Auto,) * 2
     return jax.make_mesh((1, 1), ("seed", "data"), axes, devices=jax.devices()[:1])
 

@@ -13,7 +13,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from train.config import TrainingConfig
-from train.devices import start_distributed
+from train.parallel import start_distributed
 from train.errors import UsageError
 from train.loop import NonFiniteLossError
 from train.optimizers import OPTIMIZERS, PLACES, SCHEDULES, TRICKS

@@ -1,5 +1,5 @@
-"""Errors that the command lines show as one line, without a trace."""
+"""The error that command lines show as one line, without a traceback."""
 
 
-class UsageError(Exception):
-    """Something that the user can mend; the message says how."""
+class UsageError(ValueError):
+    """Something that the user can fix; the message says how."""

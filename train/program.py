@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.config import TrainingConfig
 from train.data.inputs import Input, Order, Sequential, Shuffled, Together
-from train.devices import put, replicated, state_shardings
+from train.parallel import put, replicated, state_shardings
 from train.errors import UsageError
 from train.gradients import split
 from train.optimizers import make_optimizer, make_schedule

@@ -19,7 +19,7 @@ from train.checkpoints import Checkpoints
 from train.config import TrainingConfig
 from train.data import Dataset
 from train.data._dataset import describe
-from train.devices import make_mesh
+from train.parallel import make_mesh
 from train.errors import UsageError
 from train.events import Events
 from train.figures import save_curves

@@ -15,7 +15,7 @@ from train.config import TrainingConfig
 from train.data import load
 from train.data.config import DataConfig
 from train.data.inputs import Resident, Shuffled, Stream
-from train.devices import (
+from train.parallel import (
     make_mesh,
     start_distributed,
     state_shardings,

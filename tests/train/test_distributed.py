@@ -184,7 +184,7 @@ index, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 
 from tests.train.test_loop import program, run
-from train.devices import make_mesh
+from train.parallel import make_mesh
 from train.loop import fit
 
 steps = []

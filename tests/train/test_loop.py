@@ -12,7 +12,7 @@ from flax import nnx
 from tests.shared import one_device_mesh
 from train.config import TrainingConfig
 from train.data.inputs import Resident
-from train.devices import make_mesh
+from train.parallel import make_mesh
 from train.errors import UsageError
 from train.loop import NonFiniteLossError, fit
 from train.optimizers import OptimizerConfig

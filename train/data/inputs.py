@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.data._dataset import Arrays, Split
-from train.devices import put, replicated
+from train.parallel import put, replicated
 from train.errors import UsageError
 from train.progress import Progress, silent
 

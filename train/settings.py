@@ -1,0 +1,173 @@
+"""Settings as frozen dataclasses that check their fields when they are made.
+
+Pydantic checks types, literals and ranges, whether the values come from Python, from the
+command line or from a file. Its report of several lines becomes one line here.
+
+>>> from typing import Literal
+>>> @settings
+... class Config:
+...     epochs: Positive[int] = 20
+...     precision: Literal["float32", "bfloat16"] = "float32"
+>>> Config(precision="bf16")
+Traceback (most recent call last):
+train.errors.UsageError: precision must be 'float32' or 'bfloat16', got 'bf16'
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+from pydantic_core import core_schema
+from tyro.constructors import PrimitiveConstructorSpec
+
+from train.errors import UsageError
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+_FINITE = pydantic.Field(allow_inf_nan=False)
+Finite = Annotated[Number, _FINITE]
+"""A number that is neither infinite nor NaN."""
+Positive = Annotated[Number, pydantic.Field(gt=0), _FINITE]
+"""A finite number above 0."""
+NonNegative = Annotated[Number, pydantic.Field(ge=0), _FINITE]
+"""A finite number of at least 0."""
+Fraction = Annotated[Number, pydantic.Field(ge=0, lt=1), _FINITE]
+"""A number in [0, 1)."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Makes a class a frozen, keyword-only dataclass whose fields are checked.
+
+    Its constructor raises UsageError, a ValueError, which names the setting, the value
+    and what is allowed. `dataclasses.replace` and `from_json` check as well.
+    """
+    checked = pydantic.dataclasses.dataclass(
+        frozen=True,
+        kw_only=True,
+        slots=True,
+        config=pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True),
+    )(cls)
+    construct = checked.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+        try:
+            construct(self, **values)
+        except pydantic.ValidationError as error:
+            raise UsageError(_explain(error)) from None
+
+    checked.__init__ = __init__  # type: ignore[misc]
+    return checked
+
+
+def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
+    """Rebuilds settings from what `dataclasses.asdict` and JSON made of them.
+
+    >>> import dataclasses, json
+    >>> from train.config import TrainingConfig
+    >>> config = TrainingConfig(epochs=3, seeds=2)
+    >>> from_json(TrainingConfig, json.loads(json.dumps(dataclasses.asdict(config)))
+    ...     ) == config
+    True
+
+    Raises:
+      UsageError: if a setting is missing, unknown, or not allowed.
+    """
+    missing = {field.name for field in dataclasses.fields(kind)} - content.keys()  # type: ignore[arg-type]
+    if missing:
+        raise UsageError(f"settings are missing: {', '.join(sorted(missing))}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(content))
+    except pydantic.ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """Puts all that is wrong into one line."""
+    return "; ".join(map(_explain_one, error.errors()))
+
+
+def _explain_one(problem: Any) -> str:
+    if problem["type"] == "value_error":  # raised by the settings' own checks
+        return str(problem["ctx"]["error"])
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"there is no setting {name!r}"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{name} must be {expected}, got {problem['input']!r}"
+
+
+class Choice(PrimitiveConstructorSpec[str]):
+    """Annotates a setting that is one of several names, on the command line too.
+
+    >>> @settings
+    ... class Config:
+    ...     optimizer: Annotated[str, Choice("optimizer", ("sgd", "adam"))] = "sgd"
+    >>> Config(optimizer="adan")
+    Traceback (most recent call last):
+    train.errors.UsageError: unknown optimizer 'adan'; known: sgd, adam
+    """
+
+    def __init__(self, what: str, known: Sequence[str] | Mapping[str, str]):
+        """Takes what is chosen, for messages, and the names."""
+        super().__init__(
+            nargs=1,
+            metavar="{" + ",".join(known) + "}",
+            instance_from_str=lambda arguments: arguments[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+            choices=tuple(known),
+        )
+        object.__setattr__(self, "check", functools.partial(_check_names, what, known))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Checks the name wherever the setting comes from."""
+        return core_schema.no_info_after_validator_function(
+            lambda value: self.check((value,))[0],  # type: ignore[attr-defined]
+            handler(source),
+        )
+
+
+class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
+    """Annotates a tuple of known names, which a command line separates by commas."""
+
+    def __init__(self, what: str, known: Mapping[str, str]):
+        """Takes what is listed, for messages, and the names with a description each."""
+        super().__init__(
+            nargs=1,
+            metavar="NAME,NAME,...",
+            instance_from_str=_split_commas,
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(value)],
+        )
+        object.__setattr__(self, "check", functools.partial(_check_names, what, known))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Checks the names wherever the setting comes from."""
+        return core_schema.no_info_after_validator_function(
+            self.check,  # type: ignore[attr-defined]
+            handler(source),
+        )
+
+
+def _split_commas(arguments: list[str]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in arguments[0].split(",") if name.strip())
+
+
+def _check_names(
+    what: str, known: Sequence[str] | Mapping[str, str], names: tuple[str, ...]
+) -> tuple[str, ...]:
+    for name in names:
+        if name not in known:
+            listed = (
+                "; ".join(f"{key} ({text})" for key, text in known.items())
+                if isinstance(known, Mapping)
+                else ", ".join(known)
+            )
+            raise UsageError(f"unknown {what} {name!r}; known: {listed}")
+    return names
