@@ -1,10 +1,10 @@
-"""The checkpoints of a run: complete, written while training goes on, checked.
+"""Checkpoints: whole or absent, written while training goes on, checked when read.
 
-Orbax writes each to a temporary folder and renames it when all is on disk, so that a
-process killed at any moment leaves a whole checkpoint or none. It does not see when
-parameters change afterwards, which it stores without checksums, and on other damage
-it prints pages. So a digest of every file is written along, and compared before Orbax
-reads any.
+Orbax writes each checkpoint to a temporary folder and renames it when all is on disk,
+so a process that is killed at any moment leaves a whole checkpoint or none. Orbax does
+not notice when parameters change on disk, which it stores without checksums, and on
+other damage it prints pages. So a digest of every file is saved as well, and compared
+before Orbax reads any.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ class CheckpointError(UsageError):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The newest checkpoints of a run, by step.
+    """The newest checkpoints of one seed, by step.
 
-    In a run of several processes each of them calls every method, with the same global
+    In a run of several processes, each of them calls every method, with the same global
     arrays and a folder that all share.
     """
 
@@ -46,8 +46,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Opens a folder, and removes what a killed process left half-written.
 
         Args:
-          folder: where the checkpoints are; made if it does not exist.
-          keep: how many stay there; older ones are removed.
+          folder: the folder of the checkpoints; it is made if it does not exist.
+          keep: how many checkpoints to keep; older ones are removed.
 
         Raises:
           CheckpointError: if the folder cannot be made.
@@ -73,24 +73,24 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints are on disk, the oldest first."""
+        """Returns the steps whose checkpoints are on disk, the oldest first."""
         return sorted(ocp.utils.checkpoint_steps(self._folder))
 
     def save(self, step: int, state: Tree) -> None:
         """Copies a state to the host, and writes it while training goes on.
 
-        It first waits for the save before. A step that is saved is not saved again.
+        It first waits for the previous save. A saved step is not saved again.
 
         Args:
-          step: how far the state is.
+          step: number of steps that the state has taken.
           state: arrays; they may be donated as soon as this returns.
 
         Raises:
-          CheckpointError: if this save cannot start, or the one before failed.
+          CheckpointError: if this save cannot start, or the previous one failed.
         """
         self.wait()
         with self._writing():
-            # `restore` passed over them; training has now come as far without.
+            # `restore` skipped them; training has now come as far without them.
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
             if step not in self.steps():
@@ -100,7 +100,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
           CheckpointError: if it failed.
@@ -123,11 +123,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Reads the newest checkpoint that is whole.
 
         Args:
-          like: arrays of the structure, shapes and dtypes that were saved, or their
-            `jax.ShapeDtypeStruct`s; its shardings are those to restore to. Keys are of
+          like: arrays with the structure, shapes and dtypes that were saved, or their
+            `jax.ShapeDtypeStruct`s; arrays are restored to its shardings. Keys have
             JAX's default implementation.
-          warn: takes a line about each damaged checkpoint that is passed over.
-          partial: whether `like` may be a part of what was saved, None elsewhere.
+          warn: is called with a line about each damaged checkpoint that is skipped.
+          partial: whether `like` may be a part of what was saved, with None elsewhere.
 
         Returns:
           The step and the state, bit for bit; None if there is no checkpoint.
@@ -157,7 +157,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _read(self, folder: Path, like: Tree, partial: bool) -> Tree:
         target, saved = _arrays(like), self._handler.metadata(folder).tree
         names = list(target)
-        if partial:  # Orbax reads all or nothing
+        if partial:  # Orbax reads all arrays or none
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             for name in saved.keys() - target.keys():
                 x = saved[name]
@@ -166,11 +166,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise CheckpointError(
-                    f"checkpoint {folder.parent} is not of this program: "
+                    f"checkpoint {folder.parent} is from another program: "
                     f"{name} is {there.get(name, 'not')} there and "
                     f"{here.get(name, 'not')} here: choose another run folder"
                 )
-        # Not by the manager, whose processes would wait for one that fails.
+        # Not through the manager: its processes would wait for one that fails.
         arrays = self._handler.restore(folder, args=ocp.args.StandardRestore(target))
         leaves, structure = jax.tree.flatten(like)
         return structure.unflatten(
@@ -179,7 +179,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def _check_room(self, num_bytes: int) -> None:
-        """Sees a full disk before Orbax, which prints a page for each array on it."""
+        """Notices a full disk before Orbax, which prints a page for each array."""
         free = shutil.disk_usage(self._folder).free
         if free < num_bytes:
             sizes = f"{num_bytes / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free"
@@ -200,7 +200,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 
 class _DigestingHandler(ocp.StandardCheckpointHandler):
-    """Adds a digest of each file before a checkpoint gets its name."""
+    """Adds a digest of each file before a checkpoint is renamed to its name."""
 
     def finalize(self, directory: Path) -> None:
         super().finalize(directory)
@@ -211,7 +211,7 @@ class _DigestingHandler(ocp.StandardCheckpointHandler):
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, in the eyes of any process."""
+    """Says what is wrong with the files of a checkpoint, for any process; or ""."""
     problem = ""
     try:
         for name, digest in json.loads((folder / _DIGESTS).read_bytes()).items():
@@ -231,7 +231,7 @@ def _digest(path: Path) -> str:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops what Orbax tells of its doings; what makes it fail it also raises."""
+    """Drops the log messages of Orbax; it raises its errors as well."""
     return "/orbax/" not in record.pathname
 
 
@@ -240,7 +240,7 @@ def _is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def _arrays(tree: Tree) -> dict[str, Any]:
-    """The leaves by name, keys as their data: all that Orbax has to know of."""
+    """Returns the leaves by name, with keys as their data."""
     return {
         jax.tree_util.keystr(path): _key_data(leaf) if _is_key(leaf) else leaf
         for path, leaf in jax.tree.leaves_with_path(tree)

@@ -1,8 +1,8 @@
-"""Settings of the papers by name, for `--recipe`.
+"""Settings of the papers, which `--recipe` takes by name.
 
-Each is a function that returns a config; other flags change what it says. Where a
-paper leaves something open, the docstring says what was taken. None is a claim: what
-has been measured stands in a docstring with hardware, minutes, score and n.
+Each recipe is a function that returns a config; other flags change it. Where a paper
+leaves a setting open, the docstring says what we chose. A recipe claims nothing: once
+it has been run, its docstring states hardware, minutes, score and number of runs.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from typing import Any
 
 from train.config import TrainingConfig
 from train.data.config import DataConfig
-from train.optimizers import OptimizerConfig
+from train.optim.config import OptimizerConfig
 from train.tasks.classification import ClassificationConfig
 from train.tasks.segmentation import SegmentationConfig
 from train.tasks.translation import TranslationConfig
 
-_PAD_AND_MIRROR = ("pad_crop", "mirror")
+_PAD_AND_FLIP = ("pad_crop", "random_flip")
 
 
 def rg_voc_pspnet101() -> SegmentationConfig:
@@ -24,17 +24,17 @@ def rg_voc_pspnet101() -> SegmentationConfig:
 
     python -m train segmentation --recipe rg_voc_pspnet101 --backbone-weights FILE
 
-    Published: mIoU 68.014, against 65.473 without (--tricks ''). Epochs are not
-    published; 100 are taken. A step is scaled with probability 0.5, as in the code.
+    Published: mIoU 68.014, against 65.473 without (--techniques ''). Epochs are not
+    published; we chose 100. A step is scaled with probability 0.5, as in the code.
     Not measured yet.
     """
     return SegmentationConfig(
         data=DataConfig(
             dataset="voc2012_segmentation",
-            evaluate_on="validation",
+            eval_split="validation",
             image_size=(500, 500),
             crop=(224, 224),
-            augment=("mirror",),
+            augment=("random_flip",),
         ),
         model="pspnet101",
         epochs=100,
@@ -44,8 +44,8 @@ def rg_voc_pspnet101() -> SegmentationConfig:
             momentum=0.95,
             weight_decay=5e-4,
             schedule="poly",
-            tricks=("random",),
-            random_probability=0.5,
+            techniques=("scale_by_random",),
+            probability=0.5,
         ),
     )
 
@@ -55,7 +55,7 @@ def rg_voc_duc_hdc101() -> SegmentationConfig:
 
     python -m train segmentation --recipe rg_voc_duc_hdc101 --momentum 0.95
 
-    The figure compares momentum 0, 0.9 and 0.95, with and without the trick. Not
+    The figure compares momentum 0, 0.9 and 0.95, with and without the technique. Not
     measured yet.
     """
     return dataclasses.replace(rg_voc_pspnet101(), model="resnet101_duc_hdc")
@@ -66,17 +66,17 @@ def rg_cifar10_resnet34() -> ClassificationConfig:
 
     python -m train classification --recipe rg_cifar10_resnet34 --momentum 0.5
 
-    Also with --model mobilenet_v2_cifar and --model densenet121_cifar; the baseline has
-    --tricks ''. Learning rate 0.1 is within the range that gains in Figure 6. Not
+    The paper also has --model mobilenet_v2_cifar and densenet121_cifar; the baseline
+    has --techniques ''. A learning rate of 0.1 lies in the range where Figure 6 shows a gain. Not
     measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar10", augment=_PAD_AND_MIRROR),
+        data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
         model="resnet34_cifar",
         epochs=100,
         batch_size=128,
         optimizer=OptimizerConfig(
-            momentum=0.5, weight_decay=1e-4, schedule="poly", tricks=("random",)
+            momentum=0.5, weight_decay=1e-4, schedule="poly", techniques=("scale_by_random",)
         ),
     )
 
@@ -86,16 +86,16 @@ def rg_maps_pix2pix() -> TranslationConfig:
 
     python -m train translation --recipe rg_maps_pix2pix
 
-    The baseline has --tricks ''; `python -m train samples` lays both runs side by side.
-    How it normalises is not published; batches are taken, and their running averages
-    at test time. Not measured yet.
+    The baseline has --techniques ''; `python -m train compare` draws both runs side by
+    side. The normalization is not published; we chose batch norm, with its running
+    averages at test time. Not measured yet.
     """
     return dataclasses.replace(
         pix2pix_maps(),
         norm="batch",
         dropout_at_test=False,
         batch_size=8,
-        optimizer=_pix2pix(tricks=("random",)),
+        optimizer=_pix2pix(techniques=("scale_by_random",)),
     )
 
 
@@ -105,15 +105,15 @@ def pix2pix_maps() -> TranslationConfig:
     python -m train.data prepare paired_images/maps --source maps.tar
     python -m train translation --recipe pix2pix_maps
 
-    Normalised over the one image, and with dropout, at test time too, as in the paper.
-    Not measured yet.
+    As in the paper, it normalizes over the one image and keeps dropout, at test time
+    too. Not measured yet.
     """
     return TranslationConfig(
         data=DataConfig(
             dataset="paired_images/maps",
-            evaluate_on="validation",
+            eval_split="validation",
             crop=(256, 256),
-            augment=("mirror",),
+            augment=("random_flip",),
         ),
         generator="unet256",
         discriminator="patchgan70",
@@ -141,19 +141,19 @@ def gc_cifar100_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_cifar100_resnet50 --seeds 10
 
-    Published: 79.14 +- 0.33 %, against 78.23 +- 0.42 without (--tricks ''), 10 runs.
+    Published: 79.14 +- 0.33 %, against 78.23 +- 0.42 without (--techniques ''), 10 runs.
     Table 1 has --model resnet18_cifar, resnet101_cifar, resnext29_4x64d,
     vgg11_bn_cifar and densenet121_cifar. Not measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar100", augment=_PAD_AND_MIRROR),
+        data=DataConfig(dataset="cifar100", augment=_PAD_AND_FLIP),
         model="resnet50_cifar",
         epochs=200,
         batch_size=128,
         optimizer=OptimizerConfig(
             schedule="step",
             milestones=(60, 120, 180),
-            tricks=("centralize",),
+            techniques=("centralize",),
             conv_only=True,
         ),
     )
@@ -164,7 +164,7 @@ def gc_mini_imagenet_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_mini_imagenet_resnet50
 
-    Epochs and schedule are those of CIFAR-100. Not measured yet.
+    Epochs and schedule are those for CIFAR-100. Not measured yet.
     """
     recipe = gc_cifar100_resnet50()
     return dataclasses.replace(
@@ -172,7 +172,7 @@ def gc_mini_imagenet_resnet50() -> ClassificationConfig:
         data=DataConfig(
             dataset="mini_imagenet",
             image_size=(224, 224),
-            augment=("random_resized_crop", "mirror"),
+            augment=("random_resized_crop", "random_flip"),
         ),
         model="resnet50",
         optimizer=dataclasses.replace(recipe.optimizer, conv_only=False),
@@ -184,7 +184,7 @@ def gc_aircraft_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_aircraft_resnet50 --weights FILE
 
-    Published: 87.77 +- 0.27 %, against 86.62 +- 0.31 without (--tricks ''). Also with
+    Published: 87.77 +- 0.27 %, against 86.62 +- 0.31 without (--techniques ''). Also with
     --dataset cars196, stanford_dogs and caltech_birds2011. Photos are scaled to 512 and
     cropped to 448. Not measured yet.
     """
@@ -193,7 +193,7 @@ def gc_aircraft_resnet50() -> ClassificationConfig:
             dataset="fgvc_aircraft",
             image_size=(512, 512),
             crop=(448, 448),
-            augment=("mirror",),
+            augment=("random_flip",),
         ),
         model="resnet50",
         epochs=100,
@@ -203,7 +203,7 @@ def gc_aircraft_resnet50() -> ClassificationConfig:
             head_learning_rate=0.1,
             schedule="step",
             milestones=(50, 80),
-            tricks=("centralize",),
+            techniques=("centralize",),
         ),
     )
 
@@ -214,11 +214,11 @@ def step_tuned_cifar10_resnet20() -> ClassificationConfig:
     python -m train classification --recipe step_tuned_cifar10_resnet20
 
     The paper's defaults, without momentum, and its decay of the step. It chose the
-    learning rate from a grid; 0.1 stands for it here. An epoch costs two gradients for
+    learning rate from a grid, which we replace by 0.1. An epoch costs two gradients for
     each batch: compare with SGD of twice the epochs too. Not measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar10", augment=_PAD_AND_MIRROR),
+        data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
         model="resnet20",
         epochs=200,
         batch_size=128,
@@ -226,7 +226,7 @@ def step_tuned_cifar10_resnet20() -> ClassificationConfig:
             momentum=0.0,
             weight_decay=5e-4,
             schedule="robbins_monro",
-            tricks=("barzilai_borwein",),
+            techniques=("barzilai_borwein_step",),
         ),
     )
 
@@ -236,15 +236,15 @@ def pugd_cifar10_upanet16() -> ClassificationConfig:
 
     python -m train classification --recipe pugd_cifar10_upanet16
 
-    Settings of the authors' code; 200 epochs are taken. Also with --model upanet64 and
+    These are the settings of the authors' code; we chose 200 epochs. Also with --model upanet64 and
     --dataset cifar100. Not measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar10", augment=_PAD_AND_MIRROR),
+        data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
         model="upanet16",
         epochs=200,
         batch_size=100,
-        optimizer=OptimizerConfig(tricks=("perturbed_unit",)),
+        optimizer=OptimizerConfig(techniques=("perturbed_unit_step",)),
     )
 
 
@@ -254,15 +254,15 @@ def pugd_cifar10_vit() -> ClassificationConfig:
     python -m train classification --recipe pugd_cifar10_vit --weights FILE
 
     Published: 99.13 %; on CIFAR-100 93.95 %. Epochs and learning rate are not
-    published; 10 and 0.01 are taken. Not measured yet.
+    published; we chose 10 and 0.01. Not measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar10", image_size=(224, 224), augment=("mirror",)),
+        data=DataConfig(dataset="cifar10", image_size=(224, 224), augment=("random_flip",)),
         model="vit_b_16",
         epochs=10,
         batch_size=100,
         precision="bfloat16",
-        optimizer=OptimizerConfig(learning_rate=0.01, tricks=("perturbed_unit",)),
+        optimizer=OptimizerConfig(learning_rate=0.01, techniques=("perturbed_unit_step",)),
     )
 
 

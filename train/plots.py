@@ -1,6 +1,6 @@
-"""Figures that runs leave behind, as PNG files."""
+"""All figures: of runs, of datasets and of studies, as PNG files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,46 +28,56 @@ def save_curves(
     metric: str,
     path: Path,
     *,
+    losses: Sequence[str] = ("loss",),
     split: str = "test",
 ) -> None:
-    """Draws losses and metric over the epochs of one run.
+    """Draws the losses and the metric of a run over its epochs.
+
+    Several seeds are drawn as thin lines, and their mean as a thick one.
 
     Args:
-      records: of epochs, with the keys "epoch", "train_NAME" and "SPLIT_NAME". Those
-        are drawn whose name ends with "loss", or with the metric; a record may lack
-        some.
+      records: one for each seed and epoch, with the keys "seed", "epoch", "train_NAME"
+        and "SPLIT_NAME"; a record may lack some of the latter.
       metric: name of the metric.
-      path: of the file to write.
+      path: the file to write.
+      losses: names of the losses.
       split: name of the evaluation split.
     """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_curves(left, records, "loss", split)
-    _draw_curves(right, records, metric, split)
+    # An evaluation may have one loss where training has several.
+    _draw_curves(left, records, dict.fromkeys((*losses, "loss")), split, "loss")
+    _draw_curves(right, records, [metric], split, metric)
     left.set_yscale("log")
     figure.savefig(path, dpi=_DPI)
 
 
 def _draw_curves(
-    axes: Axes, records: Sequence[Mapping[str, float]], name: str, split: str
+    axes: Axes,
+    records: Sequence[Mapping[str, float]],
+    names: Iterable[str],
+    split: str,
+    label: str,
 ) -> None:
-    """Draws all that is called NAME or ends with _NAME, for training and split."""
-    keys = dict.fromkeys(key for record in records for key in record)
-    ending = f"_{name}"
-    styles = {"train": "--", split: "-"}
-    wanted = [k for k in keys if k.endswith(ending) and k.split("_")[0] in styles]
-    whats = list(dict.fromkeys(key.partition("_")[2] for key in wanted))
-    for key in wanted:
-        part, _, what = key.partition("_")
-        points = [(r["epoch"], r[key]) for r in records if key in r]
-        axes.plot(
-            *zip(*points, strict=True),
-            styles[part],
-            color=f"C{whats.index(what)}",
-            marker="o" if len(points) == 1 else "",  # no line shows a single point
-            label=key.replace("_", " "),
-        )
-    axes.set(xlabel="epoch", ylabel=name.replace("_", " "))
+    seeds = sorted({record["seed"] for record in records})
+    for i, name in enumerate(names):
+        for part, style in (("train", "--"), (split, "-")):
+            key = f"{part}_{name}"
+            curves = [
+                {r["epoch"]: r[key] for r in records if r["seed"] == seed and key in r}
+                for seed in seeds
+            ]
+            epochs = sorted(set.intersection(*map(set, curves)))
+            if not epochs:
+                continue
+            # A line cannot show a single point.
+            look = {"color": f"C{i}", "marker": "o" if len(epochs) == 1 else ""}
+            if len(seeds) > 1:
+                for curve in curves:
+                    axes.plot(*zip(*curve.items()), style, lw=0.7, alpha=0.4, **look)
+            means = [np.mean([curve[epoch] for curve in curves]) for epoch in epochs]
+            axes.plot(epochs, means, style, label=key.replace("_", " "), **look)
+    axes.set(xlabel="epoch", ylabel=label.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind."""
+"""The folder that a run or a study writes to."""
 
 import contextlib
 import datetime
@@ -24,13 +24,13 @@ class RunFolderError(UsageError):
 
 
 class RunFolder:
-    """Writes a run's configuration, records and results to one folder.
+    """Writes the settings, records and results of a run to one folder.
 
-    Of the processes of a run only one writes; all may read.
+    Of several processes only one writes; all may read.
 
     Attributes:
       path: the folder.
-      config: what is run.
+      config: the settings of the run, as JSON has them.
       writes: whether this process writes.
     """
 
@@ -40,15 +40,15 @@ class RunFolder:
         self.writes = writes
 
     def start(self) -> None:
-        """Writes what is run, and on what; from here on the folder is taken."""
+        """Writes settings and environment; from here on the folder is taken."""
         self.write(CONFIG, {"config": self.config, "environment": environment()})
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Adds a line to a JSON-lines file, on disk when this returns."""
+        """Appends a line to a JSON Lines file; it is on disk when this returns."""
         if not self.writes:
             return
         with (self.path / name).open("ab+") as file:
-            # A killed process may have left half a line: it must not take this one.
+            # A killed process may have left half a line, which must not absorb this.
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
             file.write(json.dumps(record).encode() + b"\n")
@@ -56,7 +56,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file; a half-written last one is left out."""
+        """Reads the records of a JSON Lines file, without a half-written last one."""
         path = self.path / name
         if not path.exists():
             return []
@@ -67,7 +67,7 @@ class RunFolder:
         return records
 
     def keep(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Has a JSON-lines file hold these records only."""
+        """Replaces the records of a JSON Lines file."""
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, name: str, content: Any) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, to stand beside every number."""
+    """Returns versions and hardware, to state beside every number."""
     packages = ("jax", "jaxlib", "optax", "flax", "numpy")
     device = jax.devices()[0]
     return {
@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """Returns the commit of the checkout, marked if files differ from it."""
     command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
     here = Path(__file__).parent
     try:
@@ -128,9 +128,9 @@ def open_run_folder(
 
     Args:
       path: the folder, or None for a new one, `runs/<name>-<date>-<time>`.
-      name: what is run, for the name of a new folder.
-      config: what is run, whole; `RunFolder.start` writes it to `config.json`.
-      resume: whether a folder that holds a run of the same config may go on.
+      name: the beginning of the name of a new folder.
+      config: all settings; `RunFolder.start` writes them to `config.json`.
+      resume: whether a folder with a run of the same settings may be continued.
       writes: whether this process writes, and locks the folder.
 
     Raises:
@@ -152,18 +152,18 @@ def open_run_folder(
     except filelock.Timeout:
         raise RunFolderError(
             f"run folder {path} is in use by another process: wait for it, or choose "
-            "another --run-dir"
+            "another run folder"
         ) from None
     except OSError as error:
         raise RunFolderError(
-            f"cannot write to run folder {path} ({error}): choose another --run-dir"
+            f"cannot write to run folder {path} ({error}): choose another run folder"
         ) from error
     try:
         _check_contents(path, config, resume)
         yield RunFolder(path, config)
     finally:
         lock.release()
-        if new and not (path / CONFIG).exists():  # nothing came of it
+        if new and not (path / CONFIG).exists():  # the run has not started
             (path / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -181,22 +181,22 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
             found = json.loads(written.read_text())["config"]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise RunFolderError(
-                f"{written} is not that of a run: choose another --run-dir"
+                f"{written} is not that of a run: choose another run folder"
             ) from None
         if found != config:
             differences = _differences(found, config)
             raise RunFolderError(
                 f"run folder {path} holds a run of another config ({differences}): "
-                "choose another --run-dir"
+                "choose another run folder"
             )
         if not resume:
             raise RunFolderError(
-                f"run folder {path} holds this run already: choose another --run-dir, "
+                f"run folder {path} holds this run already: choose another run folder, "
                 "or remove the folder to run again"
             )
     elif {child.name for child in path.iterdir()} - {".lock", f"{CONFIG}.part"}:
         raise RunFolderError(
-            f"run folder {path} holds files of something else: choose another --run-dir"
+            f"run folder {path} holds files of something else: choose another run folder"
         )
 
 

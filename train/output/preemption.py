@@ -1,4 +1,4 @@
-"""Ending a run in good order when the machine is wanted for something else."""
+"""Graceful shutdown on preemption (SIGTERM)."""
 
 import contextlib
 import signal
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-# As sysexits.h has it: a failure that a later try may not meet.
+# EX_TEMPFAIL of sysexits.h: try again later.
 EXIT_CODE = 75
 
 
 class PreemptedError(Exception):
-    """The run was told to end, and saved where it stands."""
+    """The run was told to end, and has saved its state."""
 
 
 @contextlib.contextmanager
@@ -20,8 +20,8 @@ def preemption() -> Iterator[Callable[[], bool]]:
     """Notes SIGTERM instead of ending the process.
 
     Yields:
-      A function to be called now and then, in all processes of a run equally often:
-      whether the run is to save and end. It says so to all of them at the same call.
+      A function that says whether the run is to save its state and end. All processes
+      of a run must call it equally often; it then tells all of them at the same call.
     """
     if jax.process_count() > 1:
         # JAX catches the signal, and agrees among the processes on when to stop.
