@@ -1,6 +1,6 @@
 """All figures: of runs, of datasets and of studies, as PNG files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,29 +25,28 @@ _MOST_COUNTS = 12  # classes whose counts can be read in a matrix
 
 def save_curves(
     records: Sequence[Mapping[str, float]],
-    metric: str,
     path: Path,
     *,
-    losses: Sequence[str] = ("loss",),
-    split: str = "test",
+    losses: Sequence[str],
+    metrics: Sequence[str],
+    split: str,
 ) -> None:
-    """Draws the losses and the metric of a run over its epochs.
+    """Draws losses and metrics of a run over its epochs.
 
     Several seeds are drawn as thin lines, and their mean as a thick one.
 
     Args:
       records: one for each seed and epoch, with the keys "seed", "epoch", "train_NAME"
         and "SPLIT_NAME"; a record may lack some of the latter.
-      metric: name of the metric.
       path: the file to write.
-      losses: names of the losses.
+      losses: names of what to draw on the left.
+      metrics: names of what to draw on the right.
       split: name of the evaluation split.
     """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    # An evaluation may have one loss where training has several.
-    _draw_curves(left, records, dict.fromkeys((*losses, "loss")), split, "loss")
-    _draw_curves(right, records, [metric], split, metric)
+    _draw_curves(left, records, losses, split)
+    _draw_curves(right, records, metrics, split)
     left.set_yscale("log")
     figure.savefig(path, dpi=_DPI)
 
@@ -55,9 +54,8 @@ def save_curves(
 def _draw_curves(
     axes: Axes,
     records: Sequence[Mapping[str, float]],
-    names: Iterable[str],
+    names: Sequence[str],
     split: str,
-    label: str,
 ) -> None:
     seeds = sorted({record["seed"] for record in records})
     for i, name in enumerate(names):
@@ -77,7 +75,7 @@ def _draw_curves(
                     axes.plot(*zip(*curve.items()), style, lw=0.7, alpha=0.4, **look)
             means = [np.mean([curve[epoch] for curve in curves]) for epoch in epochs]
             axes.plot(epochs, means, style, label=key.replace("_", " "), **look)
-    axes.set(xlabel="epoch", ylabel=label.replace("_", " "))
+    axes.set(xlabel="epoch", ylabel=names[-1].replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

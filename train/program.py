@@ -141,12 +141,14 @@ class Program:
         )
         return put(state._replace(log=self._new_log()), self._shardings)
 
-    @property
-    def losses(self) -> tuple[str, ...]:
-        """The names of the losses among the metrics of a step."""
-        if len(self.graphdefs) == 1:
-            return ("loss",)
-        return tuple(f"{name}_loss" for name in self.graphdefs)
+    def names_of(self, metric: str) -> tuple[str, ...]:
+        """Returns the names that a metric has in the records.
+
+        With several networks, that of each network begins with its name; the score of
+        an evaluation does not, and comes last.
+        """
+        several = self.graphdefs if len(self.graphdefs) > 1 else ()
+        return (*(f"{name}_{metric}" for name in several), metric)
 
     def clear_log(self, state: TrainState) -> TrainState:
         """Returns the state with an empty log, for a new epoch."""

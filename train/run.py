@@ -445,9 +445,9 @@ def _progress_line(program: Program, record: Record) -> str:
     config, epoch = program.config, int(record["epoch"])
     steps = program.steps_before(epoch) - program.steps_before(epoch - 1)
     losses = [
-        f"{name.removeprefix('train_')} {value:.4f}"
-        for name, value in record.items()
-        if name in {f"train_{loss}" for loss in program.losses}
+        f"{name} {record[f'train_{name}']:.4f}"
+        for name in program.names_of("loss")
+        if f"train_{name}" in record
     ]
     speed = steps * config.batch_size / record["seconds"]
     return " ".join(
@@ -495,9 +495,9 @@ def _draw(
         return
     plots.save_curves(
         records,
-        task.metric,
         folder.path / CURVES,
-        losses=program.losses,
+        losses=program.names_of("loss"),
+        metrics=program.names_of(task.metric),
         split=split_name,
     )
     task.save_figures(folder.path, sums, batch, predictions)

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 import optax_tricks
-from train.gradients import batch_gradients, split
+from optax_tricks.nnx import batch_gradients, split
 
-TWO_GRADIENT_TRICKS = {
+TWO_GRADIENT_TECHNIQUES = {
     "pugd": optax_tricks.pugd(0.1),
     "step_tuned_sgd": optax_tricks.step_tuned_sgd(0.1),
 }
@@ -65,7 +65,7 @@ def test_statistics_are_those_of_the_batch(batch, parts):
     chex.assert_trees_all_close(norm["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TWO_GRADIENT_TRICKS)
+@pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
 def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, parts):
     def step(tx):
         @jax.jit
@@ -79,7 +79,7 @@ def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, part
         return run(*parts[1:])
 
     plain_state, plain_updates = step(optax.sgd(0.1))
-    state, updates = step(TWO_GRADIENT_TRICKS[name])
+    state, updates = step(TWO_GRADIENT_TECHNIQUES[name])
     chex.assert_trees_all_equal(state, plain_state)
     difference = optax.tree.sub(updates, plain_updates)
     assert optax.tree.norm(difference) > 1e-3  # the trick did something
@@ -121,10 +121,10 @@ def test_nnx_state_works_like_plain_dicts(batch, parts):
     chex.assert_trees_all_close(statistics, expected[3]["norm"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", TWO_GRADIENT_TRICKS)
+@pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
 def test_nnx_optimizer_drives_two_gradient_tricks(name, batch, parts):
     model = Network(nnx.Rngs(0))
-    tx = TWO_GRADIENT_TRICKS[name]
+    tx = TWO_GRADIENT_TECHNIQUES[name]
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
     out = batch_gradients(loss_fn, graphdef, params, model_state, batch)

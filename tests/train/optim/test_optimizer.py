@@ -10,10 +10,10 @@ import tyro
 
 import optax_tricks
 from train.errors import UsageError
-from train.optimizers import (
+from train.optim.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
-    TRICKS,
+    TECHNIQUES,
     OptimizerConfig,
     make_optimizer,
     make_schedule,
@@ -38,7 +38,7 @@ PARAMS = {
 }
 HEAD = PARAMS["classifier"][6]
 SMALL = {"conv": PARAMS["conv"], "bias": HEAD["bias"]}
-TWO_GRADIENTS = ("barzilai_borwein", "perturbed_unit", "sam")
+TWO_GRADIENTS = ("barzilai_borwein_step", "perturbed_unit_step", "sam")
 
 
 def loss(params):
@@ -72,7 +72,7 @@ def run(tx, steps, grad_fn=grad_fn, params=PARAMS):
 
 def config(*tricks, **changes):
     settings = {"learning_rate": 0.01, "weight_decay": 0.1, "schedule": "constant"}
-    return OptimizerConfig(tricks=tricks, **settings | changes)
+    return OptimizerConfig(techniques=tricks, **settings | changes)
 
 
 def l2(optimizer):
@@ -152,7 +152,7 @@ def test_muon_takes_kernels_as_matrices_from_inputs_to_outputs():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("trick", TECHNIQUES)
 def test_every_trick_goes_with_every_optimizer(trick, optimizer):
     chosen = config(trick, optimizer=optimizer, clip_norm=10.0, decay_all=False)
     points = []
@@ -172,7 +172,7 @@ def test_every_trick_goes_with_every_optimizer(trick, optimizer):
 
 @pytest.mark.parametrize(
     ("trick", "optimizer"),
-    [*((trick, "sgd") for trick in TRICKS), *(("sam", name) for name in OPTIMIZERS)],
+    [*((trick, "sgd") for trick in TECHNIQUES), *(("sam", name) for name in OPTIMIZERS)],
 )
 def test_zero_gradients_leave_the_parameters(trick, optimizer):
     chosen = config(trick, optimizer=optimizer, clip_norm=10.0, weight_decay=0.0)
@@ -188,12 +188,12 @@ def test_zero_gradients_leave_the_parameters(trick, optimizer):
     [
         # What the papers have, without a word on places.
         ("", "sgd", "decay optimizer"),
-        ("random", "sgd", "random decay optimizer"),
+        ("scale_by_random", "sgd", "random decay optimizer"),
         ("random centralize", "sgd", "random decay centralize optimizer"),
-        ("perturbed_unit", "sgd", "perturbed_unit decay optimizer"),
-        ("barzilai_borwein", "sgd", "barzilai_borwein optimizer"),
+        ("perturbed_unit_step", "sgd", "perturbed_unit decay optimizer"),
+        ("barzilai_borwein_step", "sgd", "barzilai_borwein optimizer"),
         ("centralize", "adamw", "centralize optimizer decay"),
-        ("barzilai_borwein", "sgdw", "barzilai_borwein optimizer decay"),
+        ("barzilai_borwein_step", "sgdw", "barzilai_borwein optimizer decay"),
         # The order given.
         ("centralize random", "sgd", "decay centralize random optimizer"),
         ("random decay centralize", "sgd", "random decay centralize optimizer"),
@@ -238,7 +238,7 @@ def test_named_decoupled_decay_meets_the_members_behind_it():
 
 
 def test_random_leaves_the_decay_alone():
-    tx = build(config("random", momentum=0.0))
+    tx = build(config("scale_by_random", momentum=0.0))
     updates, state = tx.update(grad_fn(HEAD, 0), tx.init(HEAD), HEAD)
     factor = optax.tree.get(state, "random_factor")
     expected = jax.tree.map(
@@ -248,8 +248,8 @@ def test_random_leaves_the_decay_alone():
 
 
 def test_random_takes_its_limits_and_probability():
-    settings = {"random_low": 2.0, "random_high": 2.0, "random_probability": 0.5}
-    tx = build(config("random", **settings))
+    settings = {"minval": 2.0, "maxval": 2.0, "probability": 0.5}
+    tx = build(config("scale_by_random", **settings))
     state, factors = tx.init(HEAD), set()
     for _ in range(20):
         _, state = tx.update(HEAD, state, HEAD)
@@ -268,14 +268,14 @@ def test_conv_only_centralizes_convolutions_only():
 
 
 def test_perturbed_unit_is_pugd():
-    params, _ = run(build(config("perturbed_unit")), 4)
+    params, _ = run(build(config("perturbed_unit_step")), 4)
     expected, _ = run(optax_tricks.pugd(0.01, weight_decay=0.1), 4)
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
 
 def test_barzilai_borwein_is_step_tuned_sgd_on_the_regularised_loss():
     settings = {"momentum": 0.0, "schedule": "robbins_monro"}
-    params, _ = run(build(config("barzilai_borwein", **settings)), 4)
+    params, _ = run(build(config("barzilai_borwein_step", **settings)), 4)
 
     def regularised(params, step):
         return jax.grad(lambda p: loss(p) + 0.05 * optax.tree.norm(p, squared=True))(
@@ -298,7 +298,7 @@ def test_sam_is_that_of_its_paper(x64):
         g = gradient(w)
         trace = momentum * trace + gradient(w + rho * g / np.linalg.norm(g)) + decay * w
         w = w - rate * trace
-    params, _ = run(build(config("sam", sam_rho=rho)), 4, params=jnp.asarray(start))
+    params, _ = run(build(config("sam", rho=rho)), 4, params=jnp.asarray(start))
     np.testing.assert_allclose(params, w, rtol=1e-12)
 
 
@@ -306,17 +306,17 @@ def test_clip_acts_behind_the_trick_that_replaces_the_gradient():
     norms = {}
     for tricks in [(), ("sam",)]:
         chosen = config(
-            *tricks, clip_norm=0.5, sam_rho=1.0, momentum=0.0, weight_decay=0.0
+            *tricks, clip_norm=0.5, rho=1.0, momentum=0.0, weight_decay=0.0
         )
         tx = build(chosen)
         updates, _ = tx.update(grad_fn(HEAD, 0), tx.init(HEAD), HEAD, grad_fn=grad_fn)
         norms[tricks] = optax.tree.norm(updates) / 0.01
     np.testing.assert_allclose(list(norms.values()), 0.5, rtol=1e-5)
-    assert config("sam", "random", clip_norm=1.0).chain[:3] == ("sam", "clip", "random")
-    assert config("random", clip_norm=1.0).chain[:2] == ("clip", "random")
+    assert config("sam", "scale_by_random", clip_norm=1.0).chain[:3] == ("sam", "clip", "scale_by_random")
+    assert config("scale_by_random", clip_norm=1.0).chain[:2] == ("clip", "scale_by_random")
 
 
-@pytest.mark.parametrize("tricks", [(), ("barzilai_borwein",)])
+@pytest.mark.parametrize("tricks", [(), ("barzilai_borwein_step",)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_biases_can_be_left_out_of_the_decay(optimizer, tricks):
     # One step, in which the loss, a sum over entries, ties no leaf to another.
@@ -431,11 +431,11 @@ def test_a_warm_up_longer_than_the_run_is_refused():
     ("changes", "message"),
     [
         ({"tricks": ("rndom",)}, "unknown trick 'rndom'; known: random"),
-        ({"tricks": ("random", "random")}, "named twice: random,random"),
-        ({"tricks": ("barzilai_borwein", "perturbed_unit")}, "take one"),
-        ({"tricks": ("sam", "perturbed_unit")}, "take one"),
+        ({"tricks": ("scale_by_random", "scale_by_random")}, "named twice: random,random"),
+        ({"tricks": ("barzilai_borwein_step", "perturbed_unit_step")}, "take one"),
+        ({"tricks": ("sam", "perturbed_unit_step")}, "take one"),
         (
-            {"tricks": ("random", "perturbed_unit", "centralize")},
+            {"tricks": ("scale_by_random", "perturbed_unit_step", "centralize")},
             "put it first, perturbed_unit,random,centralize",
         ),
         ({"tricks": ("optimizer", "sam")}, "put it first, sam,optimizer"),
@@ -458,7 +458,7 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         ({"nesterov": True, "momentum": 0.0}, "momentum above 0, got 0"),
         ({"weight_decay": -1.0}, ">= 0 and finite, got -1.0"),
         ({"clip_norm": 0.0}, "clip norm must be above 0"),
-        ({"warmup": -1.0}, ">= 0 and finite, got -1.0"),
+        ({"warmup_epochs": -1.0}, ">= 0 and finite, got -1.0"),
         ({"schedule": "step"}, "needs milestones, such as"),
         ({"milestones": (60, 60)}, r"rise from 1 or more, got \(60, 60\)"),
         ({"milestones": (0,)}, r"rise from 1 or more, got \(0,\)"),
@@ -466,13 +466,13 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         ({"half_period": 0.0}, "half period must be above 0"),
         ({"head_learning_rate": -0.1}, "head learning rate must be above 0"),
         (
-            {"head_learning_rate": 0.1, "tricks": ("barzilai_borwein",)},
+            {"head_learning_rate": 0.1, "tricks": ("barzilai_borwein_step",)},
             "learning rate of 0.1: leave one of them out",
         ),
-        ({"random_low": 2.0}, "random low 2.0 is above random high 1.0: swap"),
-        ({"random_high": float("nan")}, "random high must be finite, got nan"),
-        ({"random_probability": 1.5}, r"in \[0, 1\], got 1.5"),
-        ({"sam_rho": 0.0}, "sam rho must be above 0"),
+        ({"minval": 2.0}, "random low 2.0 is above random high 1.0: swap"),
+        ({"maxval": float("nan")}, "random high must be finite, got nan"),
+        ({"probability": 1.5}, r"in \[0, 1\], got 1.5"),
+        ({"rho": 0.0}, "sam rho must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -481,11 +481,11 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_command_line():
-    given = "--optimizer adamw --tricks random,optimizer,centralize --milestones 60 120"
+    given = "--optimizer adamw --techniques random,optimizer,centralize --milestones 60 120"
     got = tyro.cli(OptimizerConfig, args=given.split())
     assert got == OptimizerConfig(
         optimizer="adamw",
-        tricks=("random", "optimizer", "centralize"),
+        techniques=("scale_by_random", "optimizer", "centralize"),
         milestones=(60, 120),
     )
 
@@ -501,15 +501,15 @@ def test_every_setting_has_a_help_text(capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("trick", TECHNIQUES)
 def test_scalars_to_log(trick, optimizer):
     _, state = run(build(config(trick, optimizer=optimizer)), 1, params=SMALL)
     scalars = trick_scalars(state)
     names = {
-        "random": {"random_factor"},
+        "scale_by_random": {"random_factor"},
         "centralize": set(),
-        "barzilai_borwein": {"bb_step_size", "bb_curvature", "bb_gradient_norm"},
-        "perturbed_unit": {"pugd_gradient_norm", "pugd_perturbation_norm"},
+        "barzilai_borwein_step": {"bb_step_size", "bb_curvature", "bb_gradient_norm"},
+        "perturbed_unit_step": {"pugd_gradient_norm", "pugd_perturbation_norm"},
         "sam": set(),
     }
     assert names[trick] <= scalars.keys()

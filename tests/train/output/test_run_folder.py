@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from train.run_folder import RunFolderError, open_run_folder
+from train.output.run_folder import RunFolderError, open_run_folder
 
-CONFIG = {"epochs": 3, "optimizer": {"tricks": ("random",), "momentum": 0.9}}
+CONFIG = {"epochs": 3, "optimizer": {"tricks": ("scale_by_random",), "momentum": 0.9}}
 
 
 def open_folder(path, config=CONFIG, *, resume=True):
@@ -19,7 +19,7 @@ def test_a_new_folder_is_named_by_time(tmp_path, monkeypatch):
         assert first.path.parent.name == "runs"
         assert first.path.name.startswith("run-")
     content = json.loads((first.path / "config.json").read_text())
-    assert content["config"]["optimizer"] == {"tricks": ["random"], "momentum": 0.9}
+    assert content["config"]["optimizer"] == {"tricks": ["scale_by_random"], "momentum": 0.9}
     assert {"jax", "device", "commit"} <= content["environment"].keys()
 
 

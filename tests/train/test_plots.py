@@ -3,7 +3,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from train import figures
+from train import plots
 
 RANDOM = np.random.default_rng(0)
 
@@ -45,7 +45,7 @@ def drawn(monkeypatch):
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_curves_of_a_split(split, drawn, tmp_path):
     path = tmp_path / "curves.png"
-    figures.save_curves(records(split), "accuracy", path, split=split)
+    plots.save_curves(records(split), "accuracy", path, split=split)
     names = ("train loss", f"{split} loss", "train accuracy", f"{split} accuracy")
     assert set(drawn) == set(names)
     epochs, losses = drawn[f"{split} loss"]
@@ -65,7 +65,7 @@ def test_curves_of_two_networks_evaluated_now_and_then(drawn, tmp_path):
         }
         for epoch in (1, 2, 3)
     ]
-    figures.save_curves(found, "l1", tmp_path / "curves.png")
+    plots.save_curves(found, "l1", tmp_path / "curves.png")
     assert set(drawn) == {
         "train generator loss",
         "train discriminator loss",
@@ -76,7 +76,7 @@ def test_curves_of_two_networks_evaluated_now_and_then(drawn, tmp_path):
 
 
 def test_curves_of_one_epoch(tmp_path):
-    figures.save_curves(records()[:1], "accuracy", tmp_path / "curves.png")
+    plots.save_curves(records()[:1], "accuracy", tmp_path / "curves.png")
     size_of(tmp_path / "curves.png")
 
 
@@ -86,13 +86,13 @@ def test_confusion_matrices_of_few_and_many_classes(classes, tmp_path):
     names = [f"cost in $ {i}" for i in range(classes)]  # no formula
     matrix = RANDOM.integers(0, 30_000, (classes, classes))
     matrix[0] = 0  # a class without an example
-    figures.save_confusion_matrix(matrix, names, path)
+    plots.save_confusion_matrix(matrix, names, path)
     assert max(size_of(path)) < 1300
 
 
 def test_bars_say_what_has_no_value(tmp_path):
     values = {"cat $1": 0.3, "dog": float("nan"), "cow": 1.0}
-    figures.save_bars(values, 0.65, tmp_path / "bars.png", label="IoU")
+    plots.save_bars(values, 0.65, tmp_path / "bars.png", label="IoU")
     size_of(tmp_path / "bars.png")
 
 
@@ -103,7 +103,7 @@ def test_comparison_lays_images_out_in_rows_and_columns(tmp_path):
         (name, np.full((2, 30, 60, 3), shade, np.uint8)) for name, shade in shades
     ]
     grey = np.full((2, 30, 60, 1), 240, np.uint8)
-    figures.save_comparison(path, [*columns, ("truth", grey)])
+    plots.save_comparison(path, [*columns, ("truth", grey)])
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     height, width = pixels.shape[:2]
@@ -117,15 +117,15 @@ def test_comparison_lays_images_out_in_rows_and_columns(tmp_path):
 def test_comparison_needs_as_many_images_in_each_column(tmp_path):
     columns = [("a", np.zeros((2, 4, 4, 3))), ("b", np.zeros((1, 4, 4, 3)))]
     with pytest.raises(ValueError, match="zip"):
-        figures.save_comparison(tmp_path / "comparison.png", columns)
+        plots.save_comparison(tmp_path / "comparison.png", columns)
 
 
 def test_masks_are_painted_and_ignored_pixels_hatched():
-    colors = figures.class_colors(3)
+    colors = plots.class_colors(3)
     mask = np.zeros((20, 20), np.uint8)
     mask[:10] = 2
     mask[:, :10] = 255
-    found = figures.painted(mask, colors, 255)
+    found = plots.painted(mask, colors, 255)
     assert found.dtype == np.uint8
     assert (found[:10, 10:] == colors[2]).all()
     assert (found[10:, 10:] == colors[0]).all()
@@ -135,12 +135,12 @@ def test_masks_are_painted_and_ignored_pixels_hatched():
 
 @pytest.mark.parametrize("classes", [3, 10, 40])
 def test_colors_differ(classes):
-    colors = figures.class_colors(classes)
+    colors = plots.class_colors(classes)
     assert colors.dtype == np.uint8
     assert len(np.unique(colors, axis=0)) == classes
 
 
 def test_legend_has_the_classes_that_occur():
     masks = [np.array([[0, 2]]), np.array([[0, 255]])]
-    legend = figures.class_legend(masks, ("a", "b", "c"), figures.class_colors(3), 255)
+    legend = plots.class_legend(masks, ("a", "b", "c"), plots.class_colors(3), 255)
     assert [patch.get_label() for patch in legend] == ["a", "c", "ignored"]

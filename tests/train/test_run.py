@@ -11,11 +11,11 @@ from flax import nnx
 
 from tests.shared import one_device_mesh
 from train.config import TrainingConfig
-from train.data.inputs import Resident
+from train.data.loaders import InMemoryLoader
 from train.parallel import make_mesh
 from train.errors import UsageError
 from train.loop import NonFiniteLossError, fit
-from train.optimizers import OptimizerConfig
+from train.optim.optimizer import OptimizerConfig
 from train.program import Program
 from train.step import make_train_step, new_state
 
@@ -27,13 +27,13 @@ class Regression:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     bad_weight: float = math.inf
 
-    def create_models(self, rngs):
+    def create_networks(self, rngs):
         return {"model": nnx.Linear(2, 1, rngs=rngs)}
 
     def load(self, models):
         pass
 
-    def optimizer_for(self, name):
+    def optimizer_config(self, name):
         return self.optimizer
 
     def prepare(self, batch, key):
@@ -76,8 +76,8 @@ def program(
     return Program(
         task,
         TrainingConfig(optimizer=task.optimizer, **config),
-        train=Resident(make_data(30), mesh),
-        test=Resident(make_data(num_test, seed=1), mesh),
+        train=InMemoryLoader(make_data(30), mesh),
+        test=InMemoryLoader(make_data(num_test, seed=1), mesh),
         mesh=mesh,
         width=width,
         steps_per_call=per_call,
@@ -112,7 +112,7 @@ def test_it_learns_and_reports():
 
 
 def test_same_seed_same_numbers_other_seed_others():
-    compiled = program(tricks=("random",))
+    compiled = program(techniques=("scale_by_random",))
     first, _, (state,) = run(compiled)
     second, _, (same_state,) = run(compiled)
     other, _, _ = run(compiled, seeds=(1,))
@@ -139,15 +139,15 @@ def test_steps_are_logged_and_epochs_are_their_means():
 
 
 def test_evaluation_is_as_often_as_asked_for_and_at_the_end():
-    epochs, _, _ = run(program(config={"evaluate_every": 2}))
+    epochs, _, _ = run(program(config={"eval_every": 2}))
     assert ["test_error" in r for r in epochs] == [False, True, True]
     assert all("train_loss" in r for r in epochs)
 
 
 @pytest.mark.parametrize("per_call", [2, 3, 50])
 def test_several_steps_in_a_call_are_the_same_steps(per_call):
-    expected, logs, (state,) = run(program(tricks=("random",)))
-    compiled = program(tricks=("random",), per_call=per_call)
+    expected, logs, (state,) = run(program(techniques=("scale_by_random",)))
+    compiled = program(techniques=("scale_by_random",), per_call=per_call)
     found, other_logs, (other,) = run(compiled)
     assert len(found) == len(expected)
     for a, b in zip(found + other_logs, expected + logs, strict=True):
@@ -158,11 +158,11 @@ def test_several_steps_in_a_call_are_the_same_steps(per_call):
 
 
 @pytest.mark.parametrize(
-    "tricks", [(), ("random",), ("barzilai_borwein",), ("perturbed_unit",)]
+    "tricks", [(), ("scale_by_random",), ("barzilai_borwein_step",), ("perturbed_unit_step",)]
 )
 def test_seeds_trained_together_are_those_trained_alone(tricks):
-    alone, _, states = run(program(tricks=tricks), seeds=(3, 4, 5))
-    compiled = program(tricks=tricks, width=3)
+    alone, _, states = run(program(techniques=tricks), seeds=(3, 4, 5))
+    compiled = program(techniques=tricks, width=3)
     together, _, (stacked,) = run(compiled, seeds=(3, 4, 5))
     assert [(r["epoch"], r["seed"]) for r in together] == [
         (epoch, seed) for epoch in (1, 2, 3) for seed in (3, 4, 5)
@@ -192,7 +192,7 @@ def test_average_is_the_moving_average_and_is_evaluated():
 
 
 def test_a_run_goes_on_from_its_states():
-    compiled = program(tricks=("random",), config={"log_every": 2})
+    compiled = program(techniques=("scale_by_random",), config={"log_every": 2})
     expected, logs, (end, _) = run(compiled, seeds=(0, 1))
     stopped = fit(compiled, (0, 1))
     for report in stopped:
@@ -227,7 +227,7 @@ def error(program, state):
 
 
 class Normalised(Regression):
-    def create_models(self, rngs):
+    def create_networks(self, rngs):
         layers = nnx.Linear(2, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
         return {"model": nnx.Sequential(*layers, nnx.Linear(4, 1, rngs=rngs))}
 
@@ -241,8 +241,8 @@ def test_evaluation_leaves_batch_statistics_out():
         Program(
             Normalised(),
             compiled.config,
-            train=Resident(make_data(30)),
-            test=Resident({k: v[i : i + 1] for k, v in rest.items()}),
+            train=InMemoryLoader(make_data(30)),
+            test=InMemoryLoader({k: v[i : i + 1] for k, v in rest.items()}),
             mesh=ONE_DEVICE,
         )
         for i in range(10)
@@ -293,15 +293,15 @@ def test_batches_that_devices_or_parts_cannot_share_are_refused():
     with pytest.raises(UsageError, match=r"multiple of 8, the devices \(8\)"):
         program(mesh=make_mesh(), config={"batch_size": 12})
     with pytest.raises(UsageError, match=r"multiple of 16, .*--accumulate \(2\)"):
-        program(mesh=make_mesh(), config={"batch_size": 24, "accumulate": 2})
+        program(mesh=make_mesh(), config={"batch_size": 24, "grad_accum": 2})
     with pytest.raises(UsageError, match="must divide the batch size, 8; got 3"):
-        program(config={"accumulate": 3})
+        program(config={"grad_accum": 3})
 
 
 class Rivals(Regression):
     """Two networks: the first fits the targets, the second fits the first."""
 
-    def create_models(self, rngs):
+    def create_networks(self, rngs):
         return {name: nnx.Linear(2, 1, rngs=rngs) for name in ("first", "second")}
 
     def loss(self, name, models, batch):
@@ -347,7 +347,7 @@ def test_networks_are_trained_in_turn_each_on_its_own_loss():
 
 
 def test_a_whole_epoch_on_the_resident_path_moves_nothing_between_host_and_device():
-    compiled = program(tricks=("random",), config={"epochs": 2})
+    compiled = program(techniques=("scale_by_random",), config={"epochs": 2})
     state = compiled.reset(compiled.init((0,)))
     feeds = compiled.feeds((0,), 0)
     feed = next(feeds)
@@ -372,12 +372,12 @@ def plain_step(task, networks, state, data, **options):
 
 
 @pytest.mark.parametrize(
-    "tricks", [(), ("barzilai_borwein",), ("perturbed_unit",), ("sam",)]
+    "tricks", [(), ("barzilai_borwein_step",), ("perturbed_unit_step",), ("sam",)]
 )
 def test_accumulated_gradients_are_those_of_the_whole_batch(tricks):
-    config = OptimizerConfig(tricks=tricks, weight_decay=0.1)
+    config = OptimizerConfig(techniques=tricks, weight_decay=0.1)
     whole = program(**dataclasses.asdict(config))
-    parts = program(**dataclasses.asdict(config), config={"accumulate": 4})
+    parts = program(**dataclasses.asdict(config), config={"grad_accum": 4})
     expected, _, (state,) = run(whole)
     found, _, (other,) = run(parts)
     chex.assert_trees_all_close(other.params, state.params, rtol=1e-5)
@@ -386,18 +386,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tricks):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-@pytest.mark.parametrize("trick", ["barzilai_borwein", "perturbed_unit", "sam"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("trick", ["barzilai_borwein_step", "perturbed_unit_step", "sam"])
+@pytest.mark.parametrize("grad_accum", [1, 3])
 def test_batch_statistics_after_two_gradients_are_those_after_one(trick, accumulate):
     data = make_data(12)
     states = []
     for tricks in ((), (trick,)):
-        task = Normalised(OptimizerConfig(tricks=tricks))
-        compiled = program(Normalised(), tricks=tricks)
+        task = Normalised(OptimizerConfig(techniques=tricks))
+        compiled = program(Normalised(), techniques=tricks)
         networks = compiled._networks(
-            task.create_models(nnx.Rngs(0)), jax.random.key(0)
+            task.create_networks(nnx.Rngs(0)), jax.random.key(0)
         )
-        state = new_state(task.create_models(nnx.Rngs(0)), networks, jax.random.key(0))
+        state = new_state(task.create_networks(nnx.Rngs(0)), networks, jax.random.key(0))
         state, _ = plain_step(task, networks, state, data, accumulate=accumulate)
         states.append(state)
     plain, tricky = states

@@ -14,17 +14,17 @@ from tests.train.test_loop import ONE_DEVICE, Regression, make_data, run
 from train.config import TrainingConfig
 from train.data import load
 from train.data.config import DataConfig
-from train.data.inputs import Resident, Shuffled, Stream
+from train.data.loaders import InMemoryLoader, Shuffled, GrainLoader
 from train.parallel import (
     make_mesh,
     start_distributed,
     state_shardings,
 )
 from train.errors import UsageError
-from train.optimizers import OptimizerConfig
+from train.optim.optimizer import OptimizerConfig
 from train.program import Program
 from train.tasks import classification, translation
-from train.tricks import TRICKS
+from train.optim.techniques import TECHNIQUES
 
 WIDTH = 64  # its kernel has as many elements as the smallest that is sharded
 
@@ -46,18 +46,18 @@ class Network(nnx.Module):
 
 
 class Deep(Regression):
-    def create_models(self, rngs):
+    def create_networks(self, rngs):
         return {"model": Network(rngs)}
 
 
-def program(mesh, tricks=(), *, num_test=10, width=1, per_call=1, **config):
-    task = Deep(OptimizerConfig(tricks=tricks, learning_rate=0.02))
+def program(mesh, techniques=(), *, num_test=10, width=1, per_call=1, **config):
+    task = Deep(OptimizerConfig(techniques=tricks, learning_rate=0.02))
     config = {"epochs": 1, "batch_size": 16, "log_every": 1} | config
     return Program(
         task,
         TrainingConfig(optimizer=task.optimizer, **config),
-        train=Resident(make_data(80), mesh),
-        test=Resident(make_data(num_test, seed=1), mesh),
+        train=InMemoryLoader(make_data(80), mesh),
+        test=InMemoryLoader(make_data(num_test, seed=1), mesh),
         mesh=mesh,
         width=width,
         steps_per_call=per_call,
@@ -90,7 +90,7 @@ def on_one_device(tricks, accumulate=1):
     return run(program(ONE_DEVICE, tricks, accumulate=accumulate))
 
 
-COMBINATIONS = [(), *((trick,) for trick in TRICKS)]
+COMBINATIONS = [(), *((trick,) for trick in TECHNIQUES)]
 
 
 @pytest.mark.parametrize("tricks", COMBINATIONS, ids="+".join)
@@ -102,7 +102,7 @@ def test_devices_that_share_a_batch_give_what_one_gives(tricks):
 
 @pytest.mark.parametrize("tricks", COMBINATIONS, ids="+".join)
 def test_sharded_parameters_are_the_same_parameters(tricks):
-    found = run(program(make_mesh(), tricks, shard_parameters=True))
+    found = run(program(make_mesh(), tricks, shard_params=True))
     assert_same_run(found, on_one_device(tricks), rel=1e-4)
     (state,) = found[2]
     large = [x for x in jax.tree.leaves(state) if x.size == WIDTH * WIDTH]
@@ -117,9 +117,9 @@ def test_sharded_parameters_are_the_same_parameters(tricks):
 
 
 def test_accumulated_parts_are_shared_by_devices_too():
-    tricks = ("perturbed_unit",)
+    tricks = ("perturbed_unit_step",)
     for shard in (False, True):
-        config = {"accumulate": 2, "shard_parameters": shard}
+        config = {"grad_accum": 2, "shard_params": shard}
         found = run(program(make_mesh(), tricks, **config))
         assert_same_run(found, on_one_device(tricks, accumulate=2), rel=1e-4)
 
@@ -138,7 +138,7 @@ def test_each_device_computes_its_part_of_a_batch_only():
 
 
 @pytest.mark.parametrize(("sharers", "per_call"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("tricks", [("random",), ("perturbed_unit",)], ids="+".join)
+@pytest.mark.parametrize("tricks", [("scale_by_random",), ("perturbed_unit_step",)], ids="+".join)
 def test_seeds_beside_each_other_are_those_one_after_the_other(
     tricks, sharers, per_call
 ):
@@ -177,8 +177,8 @@ def test_evaluation_on_many_devices_counts_every_example_once(num_test, seeds):
 def test_a_stream_is_cut_over_devices_and_is_the_resident_batch():
     split = load("digits").split("train").part(0, 70)
     mesh = make_mesh()
-    resident = Resident(split.arrays(), mesh)
-    stream = Stream(split, mesh, num_workers=0)
+    resident = InMemoryLoader(split.arrays(), mesh)
+    stream = GrainLoader(split, mesh, num_workers=0)
     order = Shuffled((3, 4), 70, 16)
     make = jax.jit(resident.batch)
     feeds = resident.feeds(order, 2), stream.feeds(order, 2)
@@ -209,7 +209,7 @@ def test_where_arrays_of_a_state_lie():
         assert all(sharding.mesh == mesh for sharding in found.values())
         return {name: tuple(sharding.spec) for name, sharding in found.items()}
 
-    whole = specs(state, stacked=False, shard_parameters=False)
+    whole = specs(state, stacked=False, shard_params=False)
     assert whole == {name: (None,) * x.ndim for name, x in state.items()}
     expected = whole | {
         "large": (None, "data"),
@@ -217,11 +217,11 @@ def test_where_arrays_of_a_state_lie():
         "square": (None, "data"),
         "second_best": (None, "data"),
     }
-    assert specs(state, stacked=False, shard_parameters=True) == expected
+    assert specs(state, stacked=False, shard_params=True) == expected
     stacked = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((6, *x.shape), x.dtype), state
     )
-    found = specs(stacked, stacked=True, shard_parameters=True)
+    found = specs(stacked, stacked=True, shard_params=True)
     assert found == {name: ("seed", *spec) for name, spec in expected.items()}
 
 
@@ -252,7 +252,7 @@ def assert_same_step(module, config):
     splits = [dataset.split(name).part(0, 16).arrays() for name in ("train", "test")]
     states = []
     for mesh in (ONE_DEVICE, make_mesh()):
-        train, test = (Resident(arrays, mesh) for arrays in splits)
+        train, test = (InMemoryLoader(arrays, mesh) for arrays in splits)
         compiled = Program(task, config, train=train, test=test, mesh=mesh)
         state = compiled.init((0,))
         states.append(compiled.train(state, next(compiled.feeds((0,), 0)), 1))

@@ -20,14 +20,14 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.shared import disk_of
-from train.checkpoints import CheckpointError, Checkpoints
+from train.output.checkpoints import CheckpointError, Checkpoints
 
 KILLS = 10
 FLIPS = 3  # in each file
 
 # Its processes start at once, with everything imported.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train.checkpoints"])
+processes.set_forkserver_preload(["train.output.checkpoints"])
 
 
 class State(NamedTuple):
@@ -381,7 +381,7 @@ PROGRAM = """
 import pathlib, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from train.checkpoints import Checkpoints
+from train.output.checkpoints import Checkpoints
 
 port, index, folder, *steps = sys.argv[1:]
 jax.config.update("jax_platforms", "cpu")

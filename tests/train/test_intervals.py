@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.statistics import paired_interval
+from train.intervals import paired_interval
 from benchmarks.timing import interleave, ratio
-from train.statistics import Interval
+from train.intervals import Interval
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
