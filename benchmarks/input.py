@@ -26,13 +26,13 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.timing import Ratio, interleave, ratio
+from optax_tricks.nnx import split
 from train import data
 from train.data import augment
 from train.data._images import decode
 from train.data.augment import Augmentation
 from train.data.inputs import Input, Resident, Shuffled, Stream, default_workers
 from train.errors import UsageError
-from train.gradients import split
 from train.progress import make_console, shown_on
 from train.run_folder import environment, open_run_folder
 from train.step import Metrics, Models, Network, make_train_step, new_state

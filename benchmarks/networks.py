@@ -23,8 +23,8 @@ from rich.table import Table
 
 import models
 from benchmarks.timing import interleave
+from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
-from train.gradients import batch_gradients, split
 from train.progress import make_console, shown_on
 from train.run_folder import environment, open_run_folder
 

@@ -23,8 +23,8 @@ from rich.table import Table
 import models
 import optax_tricks
 from benchmarks.timing import Ratio, interleave, ratio
+from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
-from train.gradients import batch_gradients, split
 from train.progress import make_console
 from train.run_folder import RunFolder, environment, open_run_folder
 

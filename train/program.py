@@ -19,11 +19,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optax_tricks.nnx import split
 from train.config import TrainingConfig
 from train.data.inputs import Input, Order, Sequential, Shuffled, Together
 from train.parallel import put, replicated, state_shardings
 from train.errors import UsageError
-from train.gradients import split
 from train.optimizers import make_optimizer, make_schedule
 from train.step import (
     Log,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from train.gradients import batch_gradients, split
+from optax_tricks.nnx import batch_gradients, split
 from train.optimizers import OptimizerConfig, trick_scalars
 
 Tree = Any
@@ -145,7 +145,7 @@ def make_train_step(
             params,
             state.model_state[name],
             batch,
-            accumulate=accumulate,
+            grad_accum_steps=accumulate,
         )
         updates, opt_state = tx.update(
             out.grads, state.opt_state[name], params, grad_fn=out.grad_fn

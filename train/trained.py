@@ -16,13 +16,13 @@ from flax import nnx
 from rich.console import Console
 
 import models
+from optax_tricks.nnx import split
 from train.checkpoints import Checkpoints
 from train.config import TrainingConfig, from_json
 from train.data._dataset import Dataset, from_description
 from train.data._images import IMAGE_SUFFIXES, BadFileError, check_photo, decode
 from train.errors import UsageError
 from train.figures import save_comparison
-from train.gradients import split
 from train.run import CHECKPOINTS, DATASET, layout_of
 from train.run_folder import CONFIG
 from train.step import Task, TrainState, Tree, evaluation_models
