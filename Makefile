@@ -1,41 +1,49 @@
-# `make demo` and `make test` set themselves up: all they need is make and Python 3.11+.
+# Every target sets up what it needs: all that must be there is make and Python 3.11+.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help install demo test lint types unit format clean
+.PHONY: help install demo test test-all lint types fast unit format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(STAMP) ## create the environment
+install: $(STAMP) ## create the environment in .venv
 
+# The groups of pyproject.toml need pip 25.1 or newer.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	@touch $@
 
 demo: $(STAMP) ## train on real digits with plain SGD and each technique, and compare
 	$(BIN)/python -m benchmarks compare classification --dataset digits
 
-test: lint types unit ## everything that must hold
+test: lint types fast ## what to run before every push: lint, types and the fast tests
 
-lint: $(STAMP) ## style and common mistakes
+test-all: lint types unit ## what CI runs: the slow tests too
+
+lint: $(STAMP) ## style, common mistakes, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
-types: $(STAMP) ## types of the library
+types: $(STAMP) ## types
 	$(BIN)/mypy
 
-unit: $(STAMP) ## tests and doctests
-	$(BIN)/python -m pytest -q -n 2
+fast: $(STAMP) ## tests and doctests, without those marked slow
+	$(PYTEST) -m "not slow"
 
-format: $(STAMP) ## mend what can be mended
+unit: $(STAMP) ## all tests and doctests
+	$(PYTEST)
+
+format: $(STAMP) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,4 +1,9 @@
-"""Cheap gradient techniques as optax gradient transformations."""
+"""Cheap gradient techniques as optax gradient transformations.
+
+Each factory returns an `optax.GradientTransformationExtraArgs`, which can stand in an
+`optax.chain` with any other. `optax_tricks.nnx`, which is imported by its full name and
+needs Flax, computes the two gradients that some of the techniques evaluate per step.
+"""
 
 from optax_tricks._barzilai_borwein_step import (
     BarzilaiBorweinStepState,
@@ -13,6 +18,8 @@ from optax_tricks._pugd import pugd
 from optax_tricks._scale_by_random import ScaleByRandomState, scale_by_random
 from optax_tricks._step_tuned_sgd import step_tuned_sgd
 from optax_tricks._triangular_schedule import triangular_schedule
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BarzilaiBorweinStepState",

@@ -1,4 +1,4 @@
-"""Step-Tuned SGD: a step size from the curvature between two gradients."""
+"""Step-Tuned SGD: a step size from the change between two gradients."""
 
 from typing import Any, NamedTuple
 
@@ -23,19 +23,20 @@ class BarzilaiBorweinStepState(NamedTuple):
     """State of `barzilai_borwein_step`.
 
     Attributes:
-      bb_count: int32 of shape (), the updates so far, k.
-      bb_step_size: float32 of shape (), the factor of the next update; 1 at first.
+      bb_count: int32 of shape (), the number of updates so far, k.
+      bb_step_size: float32 of shape (), the factor of the next update. It starts at 1.
       bb_curvature: float32 of shape (), the inner product of the averaged gradient
-        difference with the half step in the latest update; 0 before it.
+        difference and the half step in the latest update. It starts at 0.
       bb_gradient_norm: float32 of shape (), the norm of the latest g(w).
       bb_half_gradient_norm: float32 of shape (), the norm of the latest g(w_half).
-      bb_nonpositive_curvature_count: int32 of shape (), how often the curvature was
-        not positive, so that `nu` was taken.
-      bb_min_scale_count: int32 of shape (), how often the factor was raised to
-        `min_scale`.
-      bb_max_scale_count: int32 of shape (), how often it was lowered to `max_scale`.
-      bb_difference: the moving average of gradient differences, a tree like the
-        parameters in at least float32.
+      bb_nonpositive_curvature_count: int32 of shape (), the number of updates so far
+        in which the curvature was not positive, so that `nu` was used.
+      bb_min_scale_count: int32 of shape (), the number of updates so far in which the
+        factor was raised to `min_scale`.
+      bb_max_scale_count: int32 of shape (), the number of updates so far in which the
+        factor was lowered to `max_scale`.
+      bb_difference: the moving average of gradient differences, a tree with the
+        structure and shapes of the parameters, in at least float32.
     """
 
     bb_count: jax.Array
@@ -57,10 +58,10 @@ def barzilai_borwein_step(
     min_scale: ArrayLike = 0.5,
     max_scale: ArrayLike = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sums two gradients of a mini-batch and scales them by observed curvature.
+    r"""Adds two gradients of a mini-batch and scales the sum by observed curvature.
 
-    The result is still to be multiplied by the learning rate, the same one as given
-    here. With :math:`a_k` the learning rate of step k and :math:`\gamma_0 = 1`,
+    The updates must still be multiplied by the learning rate that is given here. With
+    :math:`a_k` the learning rate of step k and :math:`\gamma_0 = 1`,
 
     .. math::
       w_{1/2} &= w_k - a_k \gamma_k \, g(w_k), \quad
@@ -71,26 +72,27 @@ def barzilai_borwein_step(
       \text{ if } \langle \hat G_k, \Delta w \rangle > 0 \text{, else } \nu,
 
     with :math:`\gamma_{k+1}` clipped to [min_scale, max_scale]. The update is
-    :math:`\gamma_k (g(w_k) + g(w_{1/2}))`: both half steps at once. `step_tuned_sgd`
-    is the published algorithm made of this.
+    :math:`\gamma_k (g(w_k) + g(w_{1/2}))`, which makes both half steps at once.
+    `step_tuned_sgd` is the published algorithm, which is built from this transform.
 
     Args:
-      learning_rate: a number or a schedule, at least 0; it sets the half step and
-        must be the one that follows in the chain.
-      beta: decay of the averaged gradient differences, from 0 up to but without 1.
-      nu: the factor before clipping where curvature is not positive, above 0.
-      min_scale: the least factor, above 0.
-      max_scale: the greatest factor.
+      learning_rate: a number or a schedule, at least 0. It sets the half step, and must
+        be the learning rate that follows in the chain.
+      beta: the decay of the averaged gradient differences, in [0, 1).
+      nu: the factor, before clipping, if the curvature is not positive; above 0.
+      min_scale: the smallest factor, above 0.
+      max_scale: the largest factor, at least ``min_scale``.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `BarzilaiBorweinStepState`.
       Its ``update`` takes the keyword ``grad_fn(params, step) -> gradients``, as
-      `optax.contrib.sam` does, and calls it once, with step 0; it must use the
+      `optax.contrib.sam` does, and calls it once, with step 0. ``grad_fn`` must use the
       mini-batch of the incoming gradient. Leaves keep their dtype.
 
     Raises:
-      ValueError: if a number is outside its range; on init or update if leaves are
-        masked or complex; on update if ``params`` or ``grad_fn`` is missing.
+      ValueError: if a number is outside its range; on init or update, if a leaf is
+        masked or complex; on update, if ``params`` or ``grad_fn`` is missing or
+        ``grad_fn`` returns another structure or other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -108,13 +110,13 @@ def barzilai_borwein_step(
       SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
 
     .. note::
-      Members in front of this one change only the first gradient; to transform both
-      (L2 regularisation, say), apply them inside ``grad_fn`` as well. A non-finite
-      gradient leaves the factor NaN for good: wrap the chain in
-      `optax.apply_if_finite` to skip such steps. Squares are accumulated in float32
-      (float64 for float64 leaves), which holds norms from about 1e-19 to 1e19.
-      `optax.MultiSteps` would call ``grad_fn`` on every mini-step and use one result;
-      accumulate inside ``grad_fn`` instead.
+      Transforms before this one change only the first gradient. To change both, for
+      example by L2 regularization, apply them inside ``grad_fn`` as well. A non-finite
+      gradient makes the factor NaN in all later steps. Wrap the chain in
+      `optax.apply_if_finite` to skip steps with a non-finite first gradient. Squares
+      are accumulated in float32 (float64 for float64 leaves), which can represent norms
+      from about 1e-19 to 1e19. `optax.MultiSteps` would call ``grad_fn`` on every
+      mini-step and use only one result, so accumulate inside ``grad_fn`` instead.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")
@@ -170,12 +172,12 @@ def barzilai_borwein_step(
         )
         count = optax.safe_increment(state.bb_count)
         correction = 1 - decay ** count.astype(dtype)
-        # The half step is -half_rate * g, so neither it nor the corrected average
-        # needs a tree of its own.
+        # The half step is -half_rate * g. So neither the half step nor the corrected
+        # average has to be stored as a tree.
         product = sum_over(dtype, jnp.multiply, difference, updates)
         curvature = -half_rate * product / correction
         gradient_norm = norm(dtype, updates)
-        # `<=` and not `not >`: a NaN curvature must stay visible in the factor.
+        # With `<=` instead of `not >`, a NaN curvature stays visible in the factor.
         nonpositive = curvature <= 0
         ratio = (half_rate * gradient_norm) ** 2 / jnp.where(nonpositive, 1, curvature)
         raw = jnp.where(nonpositive, jnp.asarray(nu, dtype), ratio)

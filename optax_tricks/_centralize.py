@@ -1,4 +1,4 @@
-"""Gradient Centralization: each output unit's gradient minus its mean."""
+"""Gradient Centralization: subtracts the mean from each output unit's gradient."""
 
 import math
 import numbers
@@ -22,58 +22,60 @@ def centralize(
     *,
     conv_only: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Subtracts from each output unit's weight gradient its mean.
+    r"""Subtracts its mean from the weight gradient of each output unit.
 
-    The result is still to be multiplied by a learning rate. For the gradient
+    The updates must still be multiplied by a learning rate. For the gradient
     :math:`g_i` of the :math:`M` weights that feed output unit :math:`i`,
 
     .. math::
       g_i \mapsto g_i - \tfrac{1}{M} \mathbf{1}\mathbf{1}^\top g_i ,
 
-    a projection that takes one reduction and no memory. The mean is taken over the
-    axes that feed a unit. In the layouts of Flax and Haiku, kernels are (..., in, out)
-    and these are all axes but the last. Without `reduction_axes`:
+    which is a projection. It needs one reduction and no state. The mean is taken over
+    the axes of the weights that feed a unit. In Flax and Haiku, kernels have the shape
+    (..., in, out), so these are all axes but the last. Without ``reduction_axes``:
 
-    * ``kernel`` of Conv (plain, grouped, depthwise), ConvTranspose, Linear, and the
-      attention output: all axes but the last;
-    * a three-dimensional ``kernel`` under ``query``, ``key`` or ``value``: axis 0, as
-      its shape is (in, heads, head_dim);
-    * ``bias``, ``scale``, names with ``embed`` in them, and everything under two
-      dimensions: left alone;
-    * any other array: all axes but the last;
-    * a leaf where the axes hold a single entry (a Linear layer with one input, a class
-      token): left alone, also where the axes are given, since its gradient would vanish
-      and never train it.
+    * In a ``kernel`` of Conv (plain, grouped or depthwise), ConvTranspose, Linear or
+      the attention output, the mean is over all axes but the last.
+    * In a three-dimensional ``kernel`` under ``query``, ``key`` or ``value``, which has
+      the shape (in, heads, head_dim), the mean is over axis 0.
+    * A ``bias``, a ``scale``, a leaf with ``embed`` in its name and a leaf with fewer
+      than two dimensions are not changed.
+    * In any other leaf, the mean is over all axes but the last.
+    * A leaf with a single entry along the axes (a Linear layer with one input, a class
+      token) is not changed, even if the axes are given. Its gradient would be zero, and
+      it would never train.
 
-    Where the tree cannot tell, the rule for a ``kernel`` applies and may be wrong:
-    LinearGeneral with several output axes (its output axes but the last are averaged
-    too), Einsum, a one-dimensional Conv called query, key or value, ConvTranspose with
-    ``transpose_kernel=True`` (in and out are swapped: give ``(0, 1, 3)``), and layers
-    stacked along a leading axis by scan or vmap. Say the axes for those, as in the
-    second example. PyTorch's layout (out, in, ...), which Equinox shares, needs
-    ``(1, ..., ndim - 1)`` everywhere.
+    These rules are wrong for some layers that names and shapes cannot identify:
+    LinearGeneral with several output axes (the mean is also over its output axes but
+    the last), Einsum, a one-dimensional Conv named query, key or value, ConvTranspose
+    with ``transpose_kernel=True`` (in and out are swapped: give ``(0, 1, 3)``), and
+    layers stacked along a leading axis by scan or vmap. Give the axes for those, as in
+    the second example. The layout (out, in, ...) of PyTorch and Equinox needs
+    ``(1, ..., ndim - 1)`` for every weight.
 
-    The place in the chain is part of the method. L2 regularisation goes inside the
-    projection (``add_decayed_weights`` before this member), decoupled decay stays
-    outside. Before Adam it centralizes the gradient as in the paper; after
-    ``scale_by_adam`` it centralizes the direction, as the authors' later code does.
+    The place in the chain matters. L2 regularization belongs before this transform
+    (``add_decayed_weights``), and decoupled weight decay after it. Before Adam, this
+    transform centralizes the gradient, as in the paper. After ``scale_by_adam``, it
+    centralizes the direction, as in the authors' later code.
 
     Args:
-      reduction_axes: None for the rules above; one tuple of axes in place of "all
-        axes but the last" and of the attention rule (leaves left alone by name or
-        dimension still are); a tree, or a prefix of one, with a tuple to take
-        literally, ``()`` to leave alone, or None for the rules above; or a function
-        from the gradient, which has the tree and shapes of the parameters, to one of
-        these. Entries of a tree without a leaf are ignored, as masks need it.
-      conv_only: take convolutions of two or more dimensions only, that is leaves with
-        more than three, as the paper does on CIFAR-100.
+      reduction_axes: None for the rules above; or one tuple of axes for all leaves
+        except those that the rules do not change because of their name or their number
+        of dimensions; or a tree, or a prefix of one, in which each entry is a tuple of
+        axes, ``()`` for a leaf that is not changed, or None for the rules above; or a
+        function that maps the gradient to one of these. Entries of a tree that match no
+        leaf are ignored, so that the tree can be used under `optax.masked`.
+      conv_only: change only leaves with more than three dimensions, which are the
+        kernels of convolutions over two or more dimensions. The paper does this on
+        CIFAR-100.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with an `optax.EmptyState`. Leaves
-      keep shape and dtype; complex leaves are right.
+      keep their shape and dtype. Complex leaves are supported.
 
     Raises:
-      ValueError: on update, if `reduction_axes` do not fit a leaf or give none for it.
+      ValueError: on update, if ``reduction_axes`` do not fit a leaf or have no entry
+        for it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -84,7 +86,7 @@ def centralize(
       >>> print(updates["kernel"][:, 0], updates["bias"])
       [ 1.5 -1.5] [-1. -1. -1.]
 
-      Axes of one's own for one layer, the rules for all others:
+      Give axes for one layer, and use the rules for all others:
 
       >>> def axes(grads):
       ...     return {**dict.fromkeys(grads), "up": {"kernel": (0, 1, 3), "bias": ()}}
@@ -117,7 +119,7 @@ def centralize(
 def _axes_per_leaf(
     reduction_axes: Any, updates: optax.Updates, conv_only: bool
 ) -> list[Axes]:
-    """The axes to average over for each leaf, in flattening order; () for none."""
+    """Returns the reduction axes of each leaf in flattening order, () for none."""
     if callable(reduction_axes):
         reduction_axes = reduction_axes(updates)
     paths_and_leaves = jax.tree.leaves_with_path(updates)
@@ -145,7 +147,7 @@ def _axes(given: Axes | None, path: Path, leaf: jax.Array) -> Axes:
             _names(path) in [(name, "kernel") for name in ("query", "key", "value")]
         )
         axes = (0,) if attention else tuple(range(jnp.ndim(leaf) - 1))
-    # Minus its own mean, a single entry would be zero and never train.
+    # A single entry minus its mean would be zero, and it would never train.
     return axes if math.prod(jnp.shape(leaf)[axis] for axis in axes) > 1 else ()
 
 
@@ -155,8 +157,8 @@ def _is_left_alone(path: Path, leaf: jax.Array) -> bool:
 
 
 def _names(path: Path) -> tuple[str, str]:
-    """The names of the last two levels above a leaf, "" where there are fewer."""
-    if path and path[-1] == GetAttrKey("value"):  # the inside of an nnx.Variable
+    """Returns the last two names in a path, with "" for those that are missing."""
+    if path and path[-1] == GetAttrKey("value"):  # the value inside an nnx.Variable
         path = path[:-1]
     parent, name = (["", ""] + [_name(key) for key in path])[-2:]
     return parent, name
@@ -173,13 +175,13 @@ def _is_axes(node: Any) -> bool:
 
 
 def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
-    """What a tree of axes, or a prefix of one, gives for a leaf."""
+    """Finds the entry for a leaf in a tree of axes or a prefix of one."""
     for length in range(len(path) + 1):
         if path[:length] in entries:
             return entries[path[:length]]
     raise ValueError(
-        f"centralize: reduction_axes give none for leaf {_show(path, leaf)}: "
-        "give a tuple of axes, () to leave it alone, or None for the rules."
+        f"centralize: reduction_axes have no entry for leaf {_show(path, leaf)}. "
+        "Give a tuple of axes, () to leave it unchanged, or None for the rules."
     )
 
 
@@ -193,9 +195,9 @@ def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
     valid = _is_axes(axes) and all(-n <= axis < n for axis in axes)
     if not valid or len({axis % n for axis in axes}) < len(axes):
         raise ValueError(
-            f"centralize: reduction_axes {axes} do not fit leaf {_show(path, leaf)}: "
-            f"give a tuple of distinct axes from {-n} to {n - 1}, or () to leave it "
-            "alone."
+            f"centralize: reduction_axes {axes} do not fit leaf {_show(path, leaf)}. "
+            f"Give a tuple of distinct axes from {-n} to {n - 1}, or () to leave it "
+            "unchanged."
         )
     return tuple(axes)
 

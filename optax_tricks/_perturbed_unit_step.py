@@ -1,4 +1,4 @@
-"""PUGD: a gradient at a unit-length perturbation, normalised to length one."""
+"""PUGD: a unit step from the gradients at the weights and at a perturbation."""
 
 from typing import Any, NamedTuple
 
@@ -20,15 +20,18 @@ _NAME = "perturbed_unit_step"
 
 
 class PerturbedUnitStepState(NamedTuple):
-    """State of `perturbed_unit_step`; norms are of the latest update, 0 before it.
+    """State of `perturbed_unit_step`.
+
+    The norms are those of the latest update, and 0 before the first.
 
     Attributes:
-      pugd_perturbation_norm: float32 of shape (), the norm of |w| * g before it is
-        scaled to length one; where it is 0 the weights are not perturbed.
+      pugd_perturbation_norm: float32 of shape (), the norm of |w| * g, before it is
+        scaled to length one. If it is 0, the weights are not perturbed.
       pugd_gradient_norm: float32 of shape (), the norm of the first gradient g.
-      pugd_perturbed_gradient_norm: float32 of shape (), the norm of the second, g*.
-      pugd_zero_count: int32 of shape (), the updates so far in which the norm of
-        g* + g was zero and no direction could be given.
+      pugd_perturbed_gradient_norm: float32 of shape (), the norm of the second
+        gradient g*.
+      pugd_zero_count: int32 of shape (), the number of updates so far in which the
+        norm of g* + g was zero, so that no direction could be given.
     """
 
     pugd_perturbation_norm: jax.Array
@@ -40,9 +43,9 @@ class PerturbedUnitStepState(NamedTuple):
 def perturbed_unit_step(
     *, eps: ArrayLike = 1e-12
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces the gradient by a unit vector from it and one at perturbed weights.
+    r"""Adds the gradient at perturbed weights and scales the sum to length one.
 
-    The result is still to be multiplied by a learning rate. With all norms over the
+    The updates must still be multiplied by a learning rate. With all norms over the
     whole parameter vector,
 
     .. math::
@@ -50,7 +53,7 @@ def perturbed_unit_step(
       g^* &= g(w + \varepsilon) \\
       U &= (g^* + g) / \|g^* + g\| ,
 
-    so a step is as long as the learning rate, whatever the scale of the loss.
+    so the length of a step is the learning rate, whatever the scale of the loss.
 
     Args:
       eps: added to the norm that scales the perturbation, at least 0.
@@ -58,13 +61,14 @@ def perturbed_unit_step(
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `PerturbedUnitStepState`. Its
       ``update`` takes the keyword ``grad_fn(params, step) -> gradients``, as
-      `optax.contrib.sam` does, and calls it once, with step 0; it must use the
-      mini-batch of the incoming gradient. Leaves keep their dtype. Where g* + g is
-      zero, so is the update.
+      `optax.contrib.sam` does, and calls it once, with step 0. ``grad_fn`` must use the
+      mini-batch of the incoming gradient. Leaves keep their dtype. If g* + g is zero,
+      the update is zero.
 
     Raises:
-      ValueError: if eps is negative; on init or update if leaves are masked or
-        complex; on update if ``params`` or ``grad_fn`` is missing.
+      ValueError: if ``eps`` is negative or not finite; on init or update, if a leaf is
+        masked or complex; on update, if ``params`` or ``grad_fn`` is missing, or if
+        ``grad_fn`` returns another structure or other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -82,14 +86,13 @@ def perturbed_unit_step(
       within Unit Space for Deep Learning <https://arxiv.org/abs/2110.00199>`_, 2022
 
     .. note::
-      The numerator is the sum of both gradients, as in the authors' figure and
-      training script. The authors add weight decay behind this member; `pugd` wires
-      that. Members in front of this one change only the first gradient: to transform
-      both, apply them inside ``grad_fn`` as well. `optax.MultiSteps` would call
-      ``grad_fn`` on every mini-step and use one result; accumulate inside
-      ``grad_fn`` instead. Squares are accumulated in float32 (float64 for
-      float64 leaves): a norm below about 1e-19 counts as zero, and one above 1e19
-      makes the update NaN.
+      The numerator is the sum of both gradients, as in the authors' figure and training
+      script. The authors add weight decay after this transform, as `pugd` does.
+      Transforms before this one change only the first gradient. To change both, apply
+      them inside ``grad_fn`` as well. `optax.MultiSteps` would call ``grad_fn`` on
+      every mini-step and use only one result, so accumulate inside ``grad_fn`` instead.
+      Squares are accumulated in float32 (float64 for float64 leaves). So a norm below
+      about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
     """
     check_in("eps", eps, "[0, inf)")
 
@@ -120,8 +123,8 @@ def perturbed_unit_step(
         )
         second = evaluate(_NAME, grad_fn, perturbed, updates)
 
-        # Else XLA would write g* + g to memory for the norm and the update to share,
-        # which on a CPU takes half as long again as to add twice.
+        # Without the barrier, XLA writes g* + g to memory to share it between the norm
+        # and the update. On a CPU this takes 1.5 times as long as adding twice.
         first, other = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
             (updates, second)
         )
@@ -142,6 +145,6 @@ def perturbed_unit_step(
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x, and 0 where x is 0; NaN for a norm that overflowed, to be seen."""
+    """Returns 1 / x, but 0 for 0, and NaN for a norm that has overflowed."""
     inverse = jnp.where(x == 0, jnp.zeros_like(x), 1 / jnp.where(x == 0, 1, x))
     return jnp.where(jnp.isinf(x), jnp.nan, inverse)

@@ -1,4 +1,4 @@
-"""PUGD, the published optimizer."""
+"""PUGD: the published optimizer."""
 
 import optax
 from jax.typing import ArrayLike
@@ -15,25 +15,26 @@ def pugd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with momentum on the unit directions of `perturbed_unit_step`.
 
-    The updates are descent steps, to be added to the parameters. With the unit
-    direction :math:`U_k` of `perturbed_unit_step`,
+    The updates are descent steps: add them to the parameters. With the unit direction
+    :math:`U_k` of `perturbed_unit_step`,
 
     .. math::
       m_k = \mu m_{k-1} + U_k + \lambda w_k, \quad w_{k+1} = w_k - \eta_k m_k .
 
     Args:
-      learning_rate: a number or a schedule, at least 0; the authors use 0.1 with a
+      learning_rate: a number or a schedule, at least 0. The authors use 0.1 with a
         cosine decay.
-      momentum: the factor mu, from 0 up to but without 1.
-      weight_decay: the factor lambda, at least 0, added behind the normalisation as
-        the authors do; they use 5e-4.
+      momentum: the factor mu, in [0, 1).
+      weight_decay: the factor lambda, at least 0. Weight decay is added after the
+        normalization, as in the authors' code, which uses 5e-4.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; its ``update`` needs ``params`` and
-      the keyword ``grad_fn(params, step) -> gradients``, called once per update.
+      An `optax.GradientTransformationExtraArgs`. Its ``update`` needs ``params`` and
+      the keyword ``grad_fn(params, step) -> gradients``, and calls it once.
 
     Raises:
-      ValueError: if a number is outside its range, and as `perturbed_unit_step` does.
+      ValueError: if a number is outside its range, and for the reasons that
+        `perturbed_unit_step` lists.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -54,9 +55,9 @@ def pugd(
       within Unit Space for Deep Learning <https://arxiv.org/abs/2110.00199>`_, 2022
 
     .. note::
-      An update costs two gradients. Compare with other optimizers per gradient
-      evaluation and per second too, not only per epoch. Steps do not shrink near a
-      minimum by themselves: let the learning rate decay. As in `optax.sgd`, a float32
+      An update costs two gradients. Compare it with other optimizers per gradient
+      evaluation and per second too, not only per epoch. The steps do not shrink near a
+      minimum, so use a learning rate that decays. As in `optax.sgd`, a float32
       array for a hyperparameter widens bfloat16 leaves; a Python number does not.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")

@@ -1,4 +1,4 @@
-"""Random Gradient: one random factor per step on the whole gradient."""
+"""Random Gradient: one random factor per step for the whole gradient."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ class ScaleByRandomState(NamedTuple):
 
     Attributes:
       random_key: typed PRNG key of shape (), split once per step.
-      random_factor: float32 of shape (), the factor of the latest update; 1 before
-        the first update and in a step that was left as it was.
+      random_factor: float32 of shape (), the factor of the latest update. It is 1
+        before the first update and in steps that are not scaled.
     """
 
     random_key: jax.Array
@@ -33,30 +33,31 @@ def scale_by_random(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the whole gradient by one random factor per step.
 
-    The result is still to be multiplied by a learning rate. With
+    The updates must still be multiplied by a learning rate. With
     :math:`u_k \sim \mathcal{U}(\text{minval}, \text{maxval})` drawn once per step,
 
     .. math::
       g_k \mapsto u_k \, g_k ,
 
     which is the gradient of the loss multiplied by :math:`u_k`. Learning rate and
-    weight decay are not scaled if this member stands before them in the chain.
+    weight decay are not scaled if this transform precedes them in the chain.
 
     Args:
-      key: an int or a single PRNG key. To train many seeds under `jax.vmap`, build
-        the transformation inside the vmapped function, one key for each.
-      minval: lower limit of the factor, inclusive.
-      maxval: upper limit of the factor, exclusive; equal limits make it constant.
-      probability: the chance, from 0 to 1, that a step is scaled; other steps are
-        left as they are. The paper's segmentation code uses 0.5.
+      key: an int or a single PRNG key. To train several seeds under `jax.vmap`, build
+        the transform inside the mapped function, with one key for each seed.
+      minval: the lower limit of the factor, inclusive.
+      maxval: the upper limit of the factor, exclusive. Equal limits give a constant.
+      probability: the probability, in [0, 1], that a step is scaled. Other steps are
+        not changed. The paper's segmentation code uses 0.5.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with a `ScaleByRandomState`. Leaves
-      keep their dtype; every leaf gets the same factor.
+      An `optax.GradientTransformationExtraArgs` with a `ScaleByRandomState`. All
+      leaves are multiplied by the same factor and keep their dtype.
 
     Raises:
-      ValueError: if minval > maxval or one is not finite, if probability is outside
-        [0, 1], or if key is an array of several keys.
+      ValueError: if ``minval > maxval`` or one of them is not finite, or if
+        ``probability`` is outside [0, 1]; on init, if ``key`` is an array of several
+        keys.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -73,10 +74,10 @@ def scale_by_random(
       <https://arxiv.org/abs/1808.04293>`_, 2018
 
     .. note::
-      The paper proposes a cyclical factor as future work; that is
-      ``optax.scale_by_schedule(triangular_schedule(0.0, 1.0, half_period))``.
-      A scale-invariant member behind this one (Adam, `perturbed_unit_step`) undoes
-      part or all of the scaling.
+      The paper proposes a cyclical factor as future work. Use
+      ``optax.scale_by_schedule(triangular_schedule(0.0, 1.0, half_period))`` for it.
+      A scale-invariant transform after this one (Adam, `perturbed_unit_step`) undoes
+      the scaling in part or in full.
     """
     check_ordered("minval", minval, "maxval", maxval)
     check_in("minval", minval, "(-inf, inf)")
@@ -99,7 +100,8 @@ def scale_by_random(
         next_key, factor_key, choice_key = jax.random.split(state.random_key, 3)
         low, high = jnp.float32(minval), jnp.float32(maxval)
         factor = low + (high - low) * jax.random.uniform(factor_key, (), jnp.float32)
-        factor = jnp.minimum(factor, jnp.nextafter(high, low))  # rounding may reach it
+        # Rounding can give maxval itself.
+        factor = jnp.minimum(factor, jnp.nextafter(high, low))
         scaled = jax.random.uniform(choice_key, (), jnp.float32) < probability
         factor = jnp.where(scaled, factor, jnp.float32(1.0))
 
@@ -111,16 +113,16 @@ def scale_by_random(
 
 
 def _own_key(key: ArrayLike) -> jax.Array:
-    """A typed key of the state's own: a donated state must not take the caller's."""
+    """Returns a typed copy of key: donating the state must not delete the caller's."""
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         typed = jnp.copy(key)
-    elif jnp.shape(key):  # a key of the older form, an array of uint32
+    elif jnp.shape(key):  # a legacy key, an array of uint32
         typed = jax.random.wrap_key_data(jnp.copy(key))
     else:
         typed = jax.random.key(key)
     if typed.shape:
         raise ValueError(
             f"key must be a single key, got keys of shape {typed.shape}. Build the "
-            "transformation inside jax.vmap to give each seed its own."
+            "transform inside jax.vmap to give each seed its own key."
         )
     return typed

@@ -1,4 +1,4 @@
-"""What the members that evaluate a second gradient have in common."""
+"""Checks shared by the transforms that evaluate a second gradient."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -11,27 +11,28 @@ GradFn: TypeAlias = Callable[[optax.Params, int], optax.Updates]
 
 
 def check_whole_real_tree(name: str, params: optax.Params) -> None:
-    """Refuses masked trees, which grad_fn cannot take, and complex leaves."""
+    """Raises ValueError for masked or complex leaves, which grad_fn cannot take."""
     for leaf in jax.tree.leaves(params, is_leaf=_is_masked):
         if _is_masked(leaf):
             raise ValueError(
                 f"{name} needs all parameters to evaluate grad_fn, but got "
-                "optax.MaskedNode leaves: it stands inside optax.masked or "
-                "optax.partition. Put it in front of them, as in "
-                f"optax.chain({name}(...), optax.partition(...)). To leave out frozen "
+                "optax.MaskedNode leaves, so it is inside optax.masked or "
+                "optax.partition. Put it before them, as in "
+                f"optax.chain({name}(...), optax.partition(...)). To exclude frozen "
                 "parameters, differentiate with respect to the trained ones only."
             )
         if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"{name} is defined for real parameters, but got a leaf of dtype "
-                f"{jnp.result_type(leaf)}. Keep real and imaginary parts apart."
+                f"{jnp.result_type(leaf)}. Store the real and imaginary parts as "
+                "separate leaves."
             )
 
 
 def check_call(
     name: str, params: optax.Params | None, grad_fn: GradFn | None
 ) -> tuple[optax.Params, GradFn]:
-    """Returns params and grad_fn, or says how `update` must be called."""
+    """Returns params and grad_fn, or raises ValueError with the call to write."""
     if params is None or grad_fn is None:
         missing = "params" if params is None else "grad_fn"
         raise ValueError(
@@ -46,14 +47,14 @@ def check_call(
 def evaluate(
     name: str, grad_fn: GradFn, point: optax.Params, updates: optax.Updates
 ) -> optax.Updates:
-    """The gradient at `point`, in a tree of the same form as the first gradient."""
+    """Evaluates the gradient at point and checks its structure and shapes."""
     gradients = grad_fn(point, 0)
     expected, got = _form(updates), _form(gradients)
     if got != expected:
         raise ValueError(
             f"{name}: grad_fn must return a tree of the structure and shapes of the "
-            f"first gradient, {expected}, but returned {got}. Use jax.grad, or drop "
-            "the value and auxiliary output of jax.value_and_grad."
+            f"first gradient, {expected}, but it returned {got}. Use jax.grad, or drop "
+            "the value and the auxiliary output of jax.value_and_grad."
         )
     return gradients
 

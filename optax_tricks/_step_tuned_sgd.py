@@ -1,4 +1,4 @@
-"""Step-Tuned SGD, the published algorithm."""
+"""Step-Tuned SGD: the published algorithm."""
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +18,30 @@ def step_tuned_sgd(
     min_scale: ArrayLike = 0.5,
     max_scale: ArrayLike = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SGD with a step size tuned by the curvature seen on each mini-batch.
+    r"""SGD with a step size tuned by the curvature on each mini-batch.
 
-    The updates are descent steps, to be added to the parameters. It is
-    `barzilai_borwein_step` and a learning rate that decays as in Robbins-Monro,
-    :math:`a_k = \alpha / (k + 1)^{1/2 + \delta}`; see there for the method.
+    The updates are descent steps: add them to the parameters. This is
+    `barzilai_borwein_step`, which describes the algorithm, followed by a learning rate
+    that decays as in the Robbins-Monro algorithm,
+    :math:`a_k = \alpha / (k + 1)^{1/2 + \delta}`.
 
     Args:
-      learning_rate: the number alpha, at least 0. For a schedule in place of the
-        published decay use ``optax.chain(barzilai_borwein_step(schedule),
+      learning_rate: the number alpha, at least 0. To replace the published decay by a
+        schedule, use ``optax.chain(barzilai_borwein_step(schedule),
         optax.scale_by_learning_rate(schedule))``.
-      delta: excess of the decay's exponent over one half, from 0 to 0.5.
-      beta: decay of the averaged gradient differences, from 0 up to but without 1.
-      nu: the factor before clipping where curvature is not positive, above 0.
-      min_scale: the least factor, above 0.
-      max_scale: the greatest factor.
+      delta: the excess of the exponent over one half, in [0, 0.5].
+      beta: the decay of the averaged gradient differences, in [0, 1).
+      nu: the factor, before clipping, if the curvature is not positive; above 0.
+      min_scale: the smallest factor, above 0.
+      max_scale: the largest factor, at least ``min_scale``.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; its ``update`` needs ``params`` and
-      the keyword ``grad_fn(params, step) -> gradients``, called once per update.
+      An `optax.GradientTransformationExtraArgs`. Its ``update`` needs ``params`` and
+      the keyword ``grad_fn(params, step) -> gradients``, and calls it once.
 
     Raises:
-      ValueError: if a number is outside its range or learning_rate is a schedule,
-        and as `barzilai_borwein_step` does.
+      ValueError: if a number is outside its range, if ``learning_rate`` is a schedule,
+        and for the reasons that `barzilai_borwein_step` lists.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -61,13 +62,13 @@ def step_tuned_sgd(
       SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
 
     .. note::
-      An update costs two gradients. Compare with other optimizers per gradient
+      An update costs two gradients. Compare it with other optimizers per gradient
       evaluation and per second too, not only per epoch.
     """
     if callable(learning_rate):
         raise ValueError(
-            "step_tuned_sgd has a decay of its own, so learning_rate must be a number, "
-            f"got {learning_rate}. For a schedule use optax.chain("
+            "step_tuned_sgd has its own decay, so learning_rate must be a number, "
+            f"got {learning_rate}. For a schedule, use optax.chain("
             "barzilai_borwein_step(schedule), optax.scale_by_learning_rate(schedule))."
         )
     check_in("learning_rate", learning_rate, "[0, inf)")

@@ -1,4 +1,4 @@
-"""A triangular wave between two bounds."""
+"""A triangular schedule between two bounds."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from optax_tricks._validation import check_in, check_ordered
 def triangular_schedule(
     low: ArrayLike, high: ArrayLike, half_period: ArrayLike
 ) -> optax.Schedule:
-    r"""Rises linearly from `low` to `high` and falls back, again and again.
+    r"""Rises linearly from `low` to `high`, falls back, and repeats.
 
     With :math:`p = (k \bmod 2h) / h` for the step count :math:`k` and the half period
     :math:`h`, the value is :math:`\text{low} + (\text{high} - \text{low})
@@ -20,13 +20,14 @@ def triangular_schedule(
     Args:
       low: value at count 0 and at every multiple of twice the half period.
       high: value at odd multiples of the half period.
-      half_period: number of steps from `low` to `high`, above 0.
+      half_period: number of steps from `low` to `high`, above 0. It need not be whole.
 
     Returns:
-      An `optax.Schedule` from a step count (int, any shape) to float values.
+      An `optax.Schedule`: a function from step counts (int, any shape) to floats of the
+      same shape.
 
     Raises:
-      ValueError: if low > high or half_period is not above 0.
+      ValueError: if ``low > high`` or ``half_period`` is not above 0.
 
     Examples:
       >>> import optax_tricks
@@ -48,7 +49,7 @@ def triangular_schedule(
     check_in("half_period", half_period, "(0, inf)")
 
     def schedule(count: ArrayLike) -> jax.Array:
-        # The modulus comes first, in the dtype given: whole counts stay exact.
+        # Take the modulus first, in the given dtype, so that integer counts are exact.
         remainder = jnp.mod(jnp.asarray(count), 2 * half_period)
         phase = remainder.astype(jnp.result_type(float)) / half_period
         rise = 1 - jnp.abs(1 - phase)

@@ -1,7 +1,7 @@
-"""Checks of hyperparameters, made when a transformation is built.
+"""Checks of hyperparameters when a transform is built.
 
-Only Python and NumPy numbers are checked: `optax.inject_hyperparams` and `jax.vmap`
-pass traced values, which have no value to look at yet.
+Only Python and NumPy numbers are checked. `optax.inject_hyperparams` and `jax.vmap`
+pass traced values, which are not known yet.
 """
 
 import numbers
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def check_in(argument: str, value: Any, interval: str) -> None:
-    """Raises ValueError unless a number lies in an interval such as "[0, 1)"."""
+    """Raises ValueError unless value is in an interval such as "[0, 1)"."""
     if not isinstance(value, numbers.Real):
         return
     number = float(value)

@@ -1,7 +1,7 @@
 """Outputs, gradients and running statistics are those of PyTorch.
 
 The networks in `torch_*.py` were written from the papers, without a look at ours. Where
-PyTorch is missing all this is skipped: `pip install -e '.[parity]'` brings it.
+PyTorch is missing all this is skipped: `pip install --group parity` brings it.
 """
 
 import functools

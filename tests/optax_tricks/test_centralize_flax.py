@@ -1,7 +1,7 @@
 """`centralize` on the trees of real Flax modules.
 
-The layers themselves say which weights feed an output unit: those for which the
-unit's output has a derivative.
+The derivatives of a layer tell which weights feed an output unit: those for which the
+derivative of the unit's output is not zero.
 """
 
 import re
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
 
 from optax_tricks import centralize
+
+pytest.importorskip("flax")
+from flax import linen, nnx
 
 Axes = tuple[int, ...]
 
@@ -24,9 +26,9 @@ Axes = tuple[int, ...]
 class Case(NamedTuple):
     """A module, the axes that are averaged over by default, and why.
 
-    `axes` has every leaf that changes. `layers` has, for each layer with a kernel in
-    the module, the shape of an input and which axes of its output number the units.
-    Where the default is documented to be wrong, `right` are the axes to give.
+    `axes` lists every leaf that changes. `layers` gives, for each layer with a kernel,
+    the shape of an input and the axes of its output that count the units. Where the
+    default is documented to be wrong, `right` holds the axes to give.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -169,14 +171,14 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by a path in which Variables do not show."""
+    """Returns the leaves by path, without the level of an nnx.Variable."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
     return {name.removesuffix("/value"): x for name, x in named.items()}
 
 
 def abstract(make: Callable[[nnx.Rngs], Any]) -> Any:
-    """A module of shapes alone: drawing its initial weights would take seconds."""
+    """Makes a module of shapes: drawing its initial weights would take seconds."""
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
@@ -195,7 +197,7 @@ def apply(tx: optax.GradientTransformation, grads: Any) -> Any:
 
 
 def minus_means(grads: dict[str, Any], axes: dict[str, Axes]) -> dict[str, Any]:
-    """Each leaf in `axes` minus its mean over them, the others as they are."""
+    """Subtracts from each leaf in `axes` its mean over them."""
     assert set(axes) <= set(grads)
     return {
         name: g - np.mean(g, axis=axes[name], keepdims=True) if name in axes else g
@@ -204,14 +206,14 @@ def minus_means(grads: dict[str, Any], axes: dict[str, Axes]) -> dict[str, Any]:
 
 
 def minus_unit_means(layer: nnx.Module, shape: Axes, units: Axes, g: Any) -> np.ndarray:
-    """A kernel's gradient minus each unit's mean, with units told by derivatives."""
+    """Subtracts each unit's mean, where derivatives tell which weights feed a unit."""
     graphdef, params = nnx.split(layer)
     pure = random_like(nnx.to_pure_dict(params))
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def outputs(kernel: jax.Array) -> jax.Array:
-        """One random combination over examples and places for each unit."""
+        """Returns a random combination over examples and places for each unit."""
         y = nnx.merge(graphdef, {**pure, "kernel": kernel})(x)
         y = jnp.moveaxis(y, units, range(len(units)))
         y = y.reshape(int(np.prod(y.shape[: len(units)])), -1)
@@ -276,7 +278,7 @@ def test_axes_are_those_that_feed_a_unit(case: Case, path: str) -> None:
 
 
 class Net(nnx.Module):
-    """Every kind of name that the rules know, and lists of layers."""
+    """A network with every kind of name that the rules know, and a list of layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(5, 4, rngs=rngs)
@@ -338,7 +340,7 @@ def test_forms_of_a_tree(form: Callable[[Net], Any]) -> None:
 
 
 class LinenNet(linen.Module):
-    """The older interface, with metadata boxes around a kernel."""
+    """A network in the older interface, with a metadata box around a kernel."""
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -367,7 +369,7 @@ def test_linen() -> None:
     assert_close(by_path(got), minus_means(by_path(grads), axes))
 
 
-# --- Axes of one's own ----------------------------------------------------------------
+# --- Given axes -----------------------------------------------------------------------
 
 
 class UpNet(nnx.Module):
@@ -426,14 +428,14 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize(("given", "grads"), OVERRIDES.values(), ids=OVERRIDES)
-def test_axes_of_ones_own(given: Any, grads: Any) -> None:
+def test_given_axes(given: Any, grads: Any) -> None:
     got = apply(centralize(given), grads)
     assert jax.tree.structure(got) == jax.tree.structure(grads)
     assert_close(got, minus_means(by_path(grads), UP_AXES))
 
 
 def test_a_tuple_for_kernels_of_another_layout() -> None:
-    # (out, in, ...) as in PyTorch; biases and norms keep out of it by their names.
+    # (out, in, ...) as in PyTorch. The names of biases and scales exempt them.
     grads = {
         "conv": {"kernel": jnp.arange(24.0).reshape(3, 2, 2, 2), "bias": jnp.ones(3)},
         "norm": {"scale": jnp.arange(6.0).reshape(2, 3)},
@@ -475,13 +477,12 @@ def test_axes_that_do_not_fit_name_the_leaf(axes: Any, grads: Any) -> None:
         apply(centralize(for_up_kernel(axes)), grads)
 
 
-# What is no tuple of integers is a part of the tree, in which this leaf is not found.
+# Anything but a tuple of integers is part of the tree, which then lacks this leaf.
 @pytest.mark.parametrize("axes", [[0, 1], (0.0, 1.0), {"axes": (0,)}], ids=str)
 @pytest.mark.parametrize("grads", [PURE, STATE], ids=["pure-dict", "state"])
-def test_no_tuple_of_integers_names_the_leaf(axes: Any, grads: Any) -> None:
-    message = (
-        r"none for leaf 'up/kernel(/value)?' of shape \(2, 2, 2, 3\): give a tuple"
-    )
+def test_anything_but_a_tuple_of_integers_names_the_leaf(axes: Any, grads: Any) -> None:
+    leaf = r"leaf 'up/kernel(/value)?' of shape \(2, 2, 2, 3\)"
+    message = rf"no entry for {leaf}\. Give a tuple"
     with pytest.raises(ValueError, match=message):
         apply(centralize(for_up_kernel(axes)), grads)
 
@@ -505,8 +506,10 @@ def test_one_tuple_that_does_not_fit_every_leaf_names_the_first() -> None:
     ],
     ids=["a-layer-less", "another-container", "a-leaf-less", "misspelt"],
 )
-def test_a_tree_that_gives_none_for_a_leaf_names_it(tree: Any, leaf: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"none for leaf {leaf}")):
+def test_a_leaf_without_an_entry_is_named(
+    tree: Any, leaf: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"no entry for leaf {leaf}")):
         apply(centralize(tree), PURE)
 
 

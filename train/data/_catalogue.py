@@ -206,7 +206,7 @@ def _how_to_prepare(name: str) -> str:
     if _parse(name)[0] in BUILDERS:
         return f"{command(name)} --source PATH, a folder or archive with its files"
     return (
-        f"pip install -e '.[prepare]' for TensorFlow, which only this takes, and then "
+        f"pip install --group prepare for TensorFlow, which only this takes, and then "
         f"{command(name)}; without network, prepare it on another machine and copy it "
         "here"
     )

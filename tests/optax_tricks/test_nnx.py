@@ -1,14 +1,25 @@
+"""`optax_tricks.nnx` on a network with BatchNorm and dropout."""
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
 import optax_tricks
+<<<<<<< HEAD:tests/train/test_gradients.py
 from optax_tricks.nnx import batch_gradients, split
 
 TWO_GRADIENT_TECHNIQUES = {
+=======
+
+pytest.importorskip("flax")
+from flax import nnx
+
+from optax_tricks.nnx import batch_gradients, split
+
+TWO_GRADIENT_TRANSFORMS = {
+>>>>>>> wheel:tests/optax_tricks/test_nnx.py
     "pugd": optax_tricks.pugd(0.1),
     "step_tuned_sgd": optax_tricks.step_tuned_sgd(0.1),
 }
@@ -65,8 +76,13 @@ def test_statistics_are_those_of_the_batch(batch, parts):
     chex.assert_trees_all_close(norm["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
 
 
+<<<<<<< HEAD:tests/train/test_gradients.py
 @pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
 def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, parts):
+=======
+@pytest.mark.parametrize("name", TWO_GRADIENT_TRANSFORMS)
+def test_two_gradient_transforms_leave_the_state_as_plain_sgd_does(name, batch, parts):
+>>>>>>> wheel:tests/optax_tricks/test_nnx.py
     def step(tx):
         @jax.jit
         def run(params, model_state):
@@ -79,10 +95,14 @@ def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, part
         return run(*parts[1:])
 
     plain_state, plain_updates = step(optax.sgd(0.1))
+<<<<<<< HEAD:tests/train/test_gradients.py
     state, updates = step(TWO_GRADIENT_TECHNIQUES[name])
+=======
+    state, updates = step(TWO_GRADIENT_TRANSFORMS[name])
+>>>>>>> wheel:tests/optax_tricks/test_nnx.py
     chex.assert_trees_all_equal(state, plain_state)
     difference = optax.tree.sub(updates, plain_updates)
-    assert optax.tree.norm(difference) > 1e-3  # the trick did something
+    assert optax.tree.norm(difference) > 1e-3  # the transform did something
 
 
 def test_second_gradient_has_the_dropout_of_the_first(batch, parts):
@@ -121,10 +141,17 @@ def test_nnx_state_works_like_plain_dicts(batch, parts):
     chex.assert_trees_all_close(statistics, expected[3]["norm"], rtol=1e-6)
 
 
+<<<<<<< HEAD:tests/train/test_gradients.py
 @pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
 def test_nnx_optimizer_drives_two_gradient_tricks(name, batch, parts):
     model = Network(nnx.Rngs(0))
     tx = TWO_GRADIENT_TECHNIQUES[name]
+=======
+@pytest.mark.parametrize("name", TWO_GRADIENT_TRANSFORMS)
+def test_nnx_optimizer_drives_two_gradient_transforms(name, batch, parts):
+    model = Network(nnx.Rngs(0))
+    tx = TWO_GRADIENT_TRANSFORMS[name]
+>>>>>>> wheel:tests/optax_tricks/test_nnx.py
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
     out = batch_gradients(loss_fn, graphdef, params, model_state, batch)
@@ -139,3 +166,67 @@ def test_nnx_optimizer_drives_two_gradient_tricks(name, batch, parts):
         optax.apply_updates(parts[1], updates),
         atol=1e-6,
     )
+
+
+def loss_fn_without_aux(model, batch):
+    return loss_fn(model, batch)[0], None
+
+
+class Perceptron(nnx.Module):
+    """A network whose loss on a batch is the mean of the losses on its parts."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(3, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.hidden(x)))
+
+
+def loss_and_count(model, batch):
+    loss, _ = loss_fn(model, batch)
+    return loss, {"examples": jnp.float32(len(batch[0]))}
+
+
+@pytest.mark.parametrize("grad_accum_steps", [2, 4, 16])
+def test_accumulated_gradients_are_those_of_the_whole_batch(batch, grad_accum_steps):
+    parts = split(Perceptron(nnx.Rngs(0)))
+    whole = batch_gradients(loss_and_count, *parts, batch)
+    out = batch_gradients(
+        loss_and_count, *parts, batch, grad_accum_steps=grad_accum_steps
+    )
+    chex.assert_trees_all_close(out[:3], whole[:3], rtol=1e-5, atol=1e-7)
+    point = jax.tree.map(lambda w: w + 0.1, parts[1])
+    chex.assert_trees_all_close(
+        out.grad_fn(point, 0), whole.grad_fn(point, 0), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_running_statistics_move_with_each_part(batch, parts):
+    graphdef, params, model_state = parts
+    out = batch_gradients(
+        loss_fn_without_aux, graphdef, params, model_state, batch, grad_accum_steps=2
+    )
+    expected = model_state
+    for part in (0, 1):
+        half = jax.tree.map(lambda x, part=part: x[part::2], batch)
+        expected = batch_gradients(
+            loss_fn_without_aux, graphdef, params, expected, half
+        ).model_state
+    chex.assert_trees_all_close(
+        out.model_state["norm"], expected["norm"], rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("grad_accum_steps", [3, 32])
+def test_parts_of_unequal_size_are_refused(batch, parts, grad_accum_steps):
+    message = rf"must divide .* got grad_accum_steps={grad_accum_steps} .* \(16, 3\)"
+    with pytest.raises(ValueError, match=message):
+        batch_gradients(loss_fn, *parts, batch, grad_accum_steps=grad_accum_steps)
+
+
+@pytest.mark.parametrize("grad_accum_steps", [0, -2])
+def test_fewer_than_one_part_is_refused(batch, parts, grad_accum_steps):
+    message = f"grad_accum_steps must be at least 1, got {grad_accum_steps}"
+    with pytest.raises(ValueError, match=message):
+        batch_gradients(loss_fn, *parts, batch, grad_accum_steps=grad_accum_steps)

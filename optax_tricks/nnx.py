@@ -1,0 +1,202 @@
+"""Two gradients of a Flax NNX model that update its other state only once.
+
+Transforms such as `optax_tricks.pugd` evaluate a second gradient on the same
+mini-batch. In a network with BatchNorm and dropout, that second evaluation must use the
+dropout masks of the first and must not change the running statistics.
+`batch_gradients` computes the first gradient and returns a ``grad_fn`` for the second
+with these properties.
+
+`split` represents a model as a static graph definition and two nested dicts of arrays:
+the parameters and all other state, such as BatchNorm statistics and dropout keys. Plain
+dicts are the cheapest way to carry an NNX model through a jitted step.
+
+This module needs Flax: ``pip install 'optax_tricks[nnx]'``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import optax
+
+from optax_tricks._second_gradient import GradFn
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "optax_tricks.nnx needs Flax 0.12.8 or newer. Install it with: "
+        "pip install 'optax_tricks[nnx]'"
+    ) from error
+
+__all__ = ["BatchGradients", "batch_gradients", "split"]
+
+Tree: TypeAlias = Any  # a tree of arrays
+LossFn: TypeAlias = Callable[[Any, Tree], tuple[jax.Array, Tree]]
+
+
+class BatchGradients(NamedTuple):
+    """The loss and gradients of one mini-batch.
+
+    Attributes:
+      loss: the loss, of shape ().
+      aux: the auxiliary output of the loss function.
+      grads: the gradient, a tree with the structure, shapes and dtypes of the
+        parameters.
+      model_state: the other state of the model after the forward pass at the given
+        parameters.
+      grad_fn: a function (params, step) -> gradients on the same mini-batch, with the
+        same dropout masks. It ignores ``step`` and discards the model state of its
+        forward pass. Pass it to the ``update`` of a transform that evaluates a second
+        gradient.
+    """
+
+    loss: jax.Array
+    aux: Tree
+    grads: Tree
+    model_state: Tree
+    grad_fn: GradFn
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Tree, Tree]:
+    """Splits a model into its graph definition, its parameters and its other state.
+
+    Args:
+      model: any Flax NNX module.
+
+    Returns:
+      The static graph definition and two nested dicts of arrays: the values of all
+      `nnx.Param` variables, and those of all other variables.
+      ``nnx.merge(graphdef, params, model_state)`` makes a model of the three.
+
+    Examples:
+      >>> from flax import nnx
+      >>> from optax_tricks.nnx import split
+      >>> graphdef, params, model_state = split(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+      >>> sorted(params), sorted(model_state)
+      (['bias', 'scale'], ['mean', 'var'])
+      >>> nnx.merge(graphdef, params, model_state).mean.shape
+      (2,)
+    """
+    graphdef, params, *(model_state,) = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
+
+
+def batch_gradients(
+    loss_fn: LossFn,
+    graphdef: nnx.GraphDef[Any],
+    params: Tree,
+    model_state: Tree,
+    batch: Tree,
+    *,
+    grad_accum_steps: int = 1,
+) -> BatchGradients:
+    """Evaluates a loss and its gradient, and makes the ``grad_fn`` for a second one.
+
+    BatchNorm normalizes each forward pass by the statistics of its own activations, so
+    the second pass uses the activations at the perturbed parameters. The running
+    statistics that are returned are those of the first pass, as in plain SGD.
+
+    With ``grad_accum_steps`` above 1 the batch is cut into that many parts of equal
+    size, which are evaluated one after the other with the memory of one part. The loss
+    and both gradients are means over the parts, and ``aux`` is the sum over the parts.
+    BatchNorm normalizes each part by itself, and its running statistics move with each
+    part.
+
+    Args:
+      loss_fn: a function (model, batch) -> (loss, aux). The loss has shape (), and
+        ``aux`` is any tree of arrays or None. Part sizes are equal, so a loss that is a
+        mean over all examples of its batch is the same for any ``grad_accum_steps``. A
+        mean over a number of valid examples or pixels that differs between parts is
+        not.
+      graphdef: the graph definition of the model, from `split`.
+      params: the parameters, from `split`; an `nnx.State` works as well.
+      model_state: all other state, from `split`; an `nnx.State` works as well.
+      batch: any tree of arrays. With ``grad_accum_steps`` above 1, the first axis of
+        every array counts the examples.
+      grad_accum_steps: the number of parts, at least 1; it must divide the first axis
+        of every array in ``batch``.
+
+    Returns:
+      A `BatchGradients`.
+
+    Raises:
+      ValueError: if ``grad_accum_steps`` is less than 1 or does not divide the first
+        axis of an array in ``batch``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_tricks
+      >>> from flax import nnx
+      >>> from optax_tricks.nnx import batch_gradients, split
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+      >>> graphdef, params, model_state = split(model)
+      >>> loss_fn = lambda model, batch: ((model(batch) - 1.0).var(), None)
+      >>> out = batch_gradients(loss_fn, graphdef, params, model_state, jnp.eye(2))
+      >>> tx = optax_tricks.pugd(0.1)
+      >>> updates, _ = tx.update(
+      ...     out.grads, tx.init(params), params, grad_fn=out.grad_fn)
+      >>> print(f"{optax.tree.norm(updates):.3f}")
+      0.100
+    """
+    if grad_accum_steps < 1:
+        raise ValueError(
+            f"grad_accum_steps must be at least 1, got {grad_accum_steps}."
+        )
+
+    def loss_and_state(
+        params: Tree, model_state: Tree, batch: Tree
+    ) -> tuple[jax.Array, tuple[Tree, Tree]]:
+        # Without the copy, an nnx.State could not be written to under differentiation.
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        loss, aux = loss_fn(model, batch)
+        state: Tree = nnx.state(model, nnx.Not(nnx.Param))
+        if not isinstance(model_state, nnx.State):
+            state = nnx.to_pure_dict(state)
+        return loss, (aux, state)
+
+    value_and_grad = jax.value_and_grad(loss_and_state, has_aux=True)
+
+    def evaluate(params: Tree) -> tuple[tuple[jax.Array, Tree, Tree], Tree]:
+        """Returns (loss, aux, gradients) and the model state after the forward pass."""
+        if grad_accum_steps == 1:
+            (loss, (aux, state)), grads = value_and_grad(params, model_state, batch)
+            return (loss, aux, grads), state
+
+        def add(carry: tuple[Tree, Tree], part: Tree) -> tuple[tuple[Tree, Tree], None]:
+            totals, state = carry
+            (loss, (aux, state)), grads = value_and_grad(params, state, part)
+            return (optax.tree.add(totals, (loss, aux, grads)), state), None
+
+        parts = jax.tree.map(lambda x: _cut(x, grad_accum_steps), batch)
+        shapes = jax.eval_shape(
+            value_and_grad, params, model_state, jax.tree.map(lambda x: x[0], parts)
+        )
+        (loss, (aux, _)), grads = optax.tree.zeros_like(shapes)
+        ((loss, aux, grads), state), _ = jax.lax.scan(
+            add, ((loss, aux, grads), model_state), parts
+        )
+        mean = optax.tree.scale(1 / grad_accum_steps, (loss, grads))
+        return (mean[0], aux, mean[1]), state
+
+    def grad_fn(params: Tree, step: Any) -> Tree:
+        del step  # Every gradient of a step is taken on the same mini-batch.
+        (_, _, grads), _ = evaluate(params)
+        return grads
+
+    (loss, aux, grads), new_state = evaluate(params)
+    return BatchGradients(loss, aux, grads, new_state, grad_fn)
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """Cuts an array into parts of equal size, stacked along a new first axis.
+
+    A part takes every `parts`-th example. So each part has examples of every device
+    when the first axis is sharded.
+    """
+    if not x.ndim or x.shape[0] % parts:
+        raise ValueError(
+            "grad_accum_steps must divide the first axis of every array in the batch, "
+            f"got grad_accum_steps={parts} and an array of shape {x.shape}."
+        )
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
