@@ -7,11 +7,6 @@ import optax
 import pytest
 
 import optax_tricks
-<<<<<<< HEAD:tests/train/test_gradients.py
-from optax_tricks.nnx import batch_gradients, split
-
-TWO_GRADIENT_TECHNIQUES = {
-=======
 
 pytest.importorskip("flax")
 from flax import nnx
@@ -19,7 +14,6 @@ from flax import nnx
 from optax_tricks.nnx import batch_gradients, split
 
 TWO_GRADIENT_TRANSFORMS = {
->>>>>>> wheel:tests/optax_tricks/test_nnx.py
     "pugd": optax_tricks.pugd(0.1),
     "step_tuned_sgd": optax_tricks.step_tuned_sgd(0.1),
 }
@@ -76,13 +70,8 @@ def test_statistics_are_those_of_the_batch(batch, parts):
     chex.assert_trees_all_close(norm["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
 
 
-<<<<<<< HEAD:tests/train/test_gradients.py
-@pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
-def test_two_gradient_tricks_leave_the_state_as_plain_sgd_does(name, batch, parts):
-=======
 @pytest.mark.parametrize("name", TWO_GRADIENT_TRANSFORMS)
 def test_two_gradient_transforms_leave_the_state_as_plain_sgd_does(name, batch, parts):
->>>>>>> wheel:tests/optax_tricks/test_nnx.py
     def step(tx):
         @jax.jit
         def run(params, model_state):
@@ -95,11 +84,7 @@ def test_two_gradient_transforms_leave_the_state_as_plain_sgd_does(name, batch, 
         return run(*parts[1:])
 
     plain_state, plain_updates = step(optax.sgd(0.1))
-<<<<<<< HEAD:tests/train/test_gradients.py
-    state, updates = step(TWO_GRADIENT_TECHNIQUES[name])
-=======
     state, updates = step(TWO_GRADIENT_TRANSFORMS[name])
->>>>>>> wheel:tests/optax_tricks/test_nnx.py
     chex.assert_trees_all_equal(state, plain_state)
     difference = optax.tree.sub(updates, plain_updates)
     assert optax.tree.norm(difference) > 1e-3  # the transform did something
@@ -141,17 +126,10 @@ def test_nnx_state_works_like_plain_dicts(batch, parts):
     chex.assert_trees_all_close(statistics, expected[3]["norm"], rtol=1e-6)
 
 
-<<<<<<< HEAD:tests/train/test_gradients.py
-@pytest.mark.parametrize("name", TWO_GRADIENT_TECHNIQUES)
-def test_nnx_optimizer_drives_two_gradient_tricks(name, batch, parts):
-    model = Network(nnx.Rngs(0))
-    tx = TWO_GRADIENT_TECHNIQUES[name]
-=======
 @pytest.mark.parametrize("name", TWO_GRADIENT_TRANSFORMS)
 def test_nnx_optimizer_drives_two_gradient_transforms(name, batch, parts):
     model = Network(nnx.Rngs(0))
     tx = TWO_GRADIENT_TRANSFORMS[name]
->>>>>>> wheel:tests/optax_tricks/test_nnx.py
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
     out = batch_gradients(loss_fn, graphdef, params, model_state, batch)

@@ -10,30 +10,36 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.train.test_loop import ONE_DEVICE, Regression, make_data, run
-from train.config import TrainingConfig
+import models
+from tests.train.small_tasks import (
+    ONE_DEVICE,
+    Recorder,
+    Regression,
+    make_program,
+    one_step,
+    without_keys,
+)
 from train.data import load
 from train.data.config import DataConfig
-from train.data.loaders import InMemoryLoader, Shuffled, GrainLoader
-from train.parallel import (
-    make_mesh,
-    start_distributed,
-    state_shardings,
-)
+from train.data.loaders import GrainLoader, InMemoryLoader
+from train.data.samplers import RandomSampler
 from train.errors import UsageError
-from train.optim.optimizer import OptimizerConfig
-from train.program import Program
-from train.tasks import classification, translation
 from train.optim.techniques import TECHNIQUES
+from train.parallel import make_mesh, start_distributed, state_shardings
+from train.program import Program
+from train.run import train_seed
+from train.tasks import open_task
+from train.tasks.classification import ClassificationConfig
+from train.tasks.translation import TranslationConfig
 
 WIDTH = 64  # its kernel has as many elements as the smallest that is sharded
 
 
-class Network(nnx.Module):
+class Network(models.Network):
     """All that may go wrong: statistics of the batch, random masks, large arrays."""
 
     def __init__(self, rngs):
-        # A bias in front of the norm would have a gradient of rounding errors alone.
+        # A bias before the norm would have a gradient of rounding errors alone.
         self.first = nnx.Linear(2, WIDTH, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
@@ -50,61 +56,56 @@ class Deep(Regression):
         return {"model": Network(rngs)}
 
 
-def program(mesh, techniques=(), *, num_test=10, width=1, per_call=1, **config):
-    task = Deep(OptimizerConfig(techniques=tricks, learning_rate=0.02))
+def deep_program(mesh, techniques=(), *, num_test=10, **config):
     config = {"epochs": 1, "batch_size": 16, "log_every": 1} | config
-    return Program(
-        task,
-        TrainingConfig(optimizer=task.optimizer, **config),
-        train=InMemoryLoader(make_data(80), mesh),
-        test=InMemoryLoader(make_data(num_test, seed=1), mesh),
+    return make_program(
+        Deep(),
+        num_train=80,
+        num_test=num_test,
         mesh=mesh,
-        width=width,
-        steps_per_call=per_call,
+        config=config,
+        techniques=techniques,
+        learning_rate=0.02,
+        weight_decay=5e-4,
     )
+
+
+def train(program, seed=0):
+    recorder = Recorder()
+    state, _ = train_seed(program, seed, recorder)
+    return recorder.epochs + recorder.steps, state
 
 
 def assert_same_run(found, expected, **tolerance):
-    """Records of epochs and steps, and networks with all their statistics."""
-    for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+    """Compares records of epochs and steps, and networks with all their state."""
+    for a, b in zip(found[0], expected[0], strict=True):
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, **tolerance)
-    assert_same_networks(found[2], expected[2], **tolerance)
-
-
-def assert_same_networks(found, expected, rel):
-    for a, b in zip(found, expected, strict=True):
-        chex.assert_trees_all_close(a.params, b.params, rtol=rel, atol=1e-6)
-        a, b = (without_keys(state.model_state) for state in (a, b))
-        chex.assert_trees_all_close(a, b, rtol=rel, atol=1e-6)
-
-
-def without_keys(tree):
-    is_key = functools.partial(jax.dtypes.issubdtype, b=jax.dtypes.prng_key)
-    return jax.tree.map(
-        lambda x: jax.random.key_data(x) if is_key(x.dtype) else x, tree
-    )
+    a, b = found[1], expected[1]
+    chex.assert_trees_all_close(a.params, b.params, rtol=tolerance["rel"], atol=1e-6)
+    a, b = (without_keys(state.model_state) for state in (a, b))
+    chex.assert_trees_all_close(a, b, rtol=tolerance["rel"], atol=1e-6)
 
 
 @functools.cache
-def on_one_device(tricks, accumulate=1):
-    return run(program(ONE_DEVICE, tricks, accumulate=accumulate))
+def on_one_device(techniques, grad_accum=1):
+    return train(deep_program(ONE_DEVICE, techniques, grad_accum=grad_accum))
 
 
-COMBINATIONS = [(), *((trick,) for trick in TECHNIQUES)]
+COMBINATIONS = [(), *((technique,) for technique in TECHNIQUES)]
 
 
-@pytest.mark.parametrize("tricks", COMBINATIONS, ids="+".join)
-def test_devices_that_share_a_batch_give_what_one_gives(tricks):
-    assert make_mesh().shape == {"seed": 1, "data": 8}
-    found = run(program(make_mesh(), tricks))
-    assert_same_run(found, on_one_device(tricks), rel=1e-4)
+@pytest.mark.parametrize("techniques", COMBINATIONS, ids="+".join)
+def test_devices_that_share_a_batch_give_what_one_gives(techniques):
+    assert make_mesh().shape == {"data": 8}
+    found = train(deep_program(make_mesh(), techniques))
+    assert_same_run(found, on_one_device(techniques), rel=1e-4)
 
 
-@pytest.mark.parametrize("tricks", COMBINATIONS, ids="+".join)
-def test_sharded_parameters_are_the_same_parameters(tricks):
-    found = run(program(make_mesh(), tricks, shard_params=True))
-    assert_same_run(found, on_one_device(tricks), rel=1e-4)
-    (state,) = found[2]
+@pytest.mark.parametrize("techniques", COMBINATIONS, ids="+".join)
+def test_sharded_parameters_are_the_same_parameters(techniques):
+    found = train(deep_program(make_mesh(), techniques, shard_params=True))
+    assert_same_run(found, on_one_device(techniques), rel=1e-4)
+    state = found[1]
     large = [x for x in jax.tree.leaves(state) if x.size == WIDTH * WIDTH]
     # The kernel and its momentum at least.
     assert len(large) >= 2
@@ -116,72 +117,46 @@ def test_sharded_parameters_are_the_same_parameters(tricks):
     assert small.sharding.is_fully_replicated
 
 
-def test_accumulated_parts_are_shared_by_devices_too():
-    tricks = ("perturbed_unit_step",)
-    for shard in (False, True):
-        config = {"grad_accum": 2, "shard_params": shard}
-        found = run(program(make_mesh(), tricks, **config))
-        assert_same_run(found, on_one_device(tricks, accumulate=2), rel=1e-4)
+@pytest.mark.parametrize("shard_params", [False, True])
+def test_accumulated_parts_are_shared_by_devices_too(shard_params):
+    techniques = ("perturbed_unit_step",)
+    config = {"grad_accum": 2, "shard_params": shard_params}
+    found = train(deep_program(make_mesh(), techniques, **config))
+    assert_same_run(found, on_one_device(techniques, grad_accum=2), rel=1e-4)
 
 
 def test_each_device_computes_its_part_of_a_batch_only():
-    def operations(mesh, width=1):
-        text = program(mesh, batch_size=80, width=width)._compiled.as_text()
+    def operations(mesh):
+        text = deep_program(mesh, batch_size=80).train_step.as_text()
         # Shapes of the hidden activations in one device's program.
         shapes = set(re.findall(rf"f32\[([\d,]+),{WIDTH}\]\S* tanh\(", text))
         return shapes, "all-reduce" in text
 
     assert operations(ONE_DEVICE) == ({"80"}, False)
     assert operations(make_mesh()) == ({"10"}, True)
-    # Two devices for two of eight seeds.
-    assert operations(make_mesh(4), width=8) == ({"2,40"}, True)
-
-
-@pytest.mark.parametrize(("sharers", "per_call"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("tricks", [("scale_by_random",), ("perturbed_unit_step",)], ids="+".join)
-def test_seeds_beside_each_other_are_those_one_after_the_other(
-    tricks, sharers, per_call
-):
-    count = 8 // sharers
-    mesh = make_mesh(count)
-    assert mesh.shape == {"seed": count, "data": sharers}
-    compiled = program(mesh, tricks, width=8, per_call=per_call)
-    epochs, _, (stacked,) = run(compiled, seeds=range(8))
-    # Each device has its seeds alone.
-    for array in jax.tree.leaves((stacked.params, stacked.opt_state)):
-        assert {s.data.shape[0] for s in array.addressable_shards} == {8 // count}
-    alone = on_one_device_from_eight_seeds(tricks)
-    for a, b in zip(epochs, alone[0], strict=True):
-        assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-4)
-    separate = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(8)]
-    assert_same_networks(separate, alone[2], rel=1e-4)
-
-
-@functools.cache
-def on_one_device_from_eight_seeds(tricks):
-    return run(program(ONE_DEVICE, tricks), seeds=range(8))
 
 
 @pytest.mark.parametrize("num_test", [1, 83])
-@pytest.mark.parametrize("seeds", [1, 4])
-def test_evaluation_on_many_devices_counts_every_example_once(num_test, seeds):
-    compiled = program(make_mesh(seeds), num_test=num_test, width=seeds)
-    state = compiled.init(range(seeds))
-    alone = program(ONE_DEVICE, num_test=num_test)
-    for seed, totals in enumerate(compiled.evaluate(state)):
-        (expected,) = alone.evaluate(alone.init((seed,)))
-        assert totals["count"] == expected["count"] == num_test
-        assert totals["error"] == pytest.approx(expected["error"], rel=1e-5)
+def test_evaluation_on_many_devices_counts_every_example_once(num_test):
+    found, expected = (
+        program.evaluate(program.init_state(3))
+        for program in (
+            deep_program(make_mesh(), num_test=num_test),
+            deep_program(ONE_DEVICE, num_test=num_test),
+        )
+    )
+    assert found["count"] == expected["count"] == num_test
+    assert found["error"] == pytest.approx(expected["error"], rel=1e-5)
 
 
-def test_a_stream_is_cut_over_devices_and_is_the_resident_batch():
+def test_a_stream_is_sharded_over_devices_and_is_the_batch_in_memory():
     split = load("digits").split("train").part(0, 70)
     mesh = make_mesh()
-    resident = InMemoryLoader(split.arrays(), mesh)
+    in_memory = InMemoryLoader(split.arrays(), mesh)
     stream = GrainLoader(split, mesh, num_workers=0)
-    order = Shuffled((3, 4), 70, 16)
-    make = jax.jit(resident.batch)
-    feeds = resident.feeds(order, 2), stream.feeds(order, 2)
+    sampler = RandomSampler((3, 4), 70, 16)
+    make = jax.jit(in_memory.batch)
+    feeds = in_memory.feeds(sampler, 2), stream.feeds(sampler, 2)
     for step, feed, batch in zip(range(2, 8), *feeds, strict=False):
         assert batch["image"].sharding.spec == P("data")
         shards = batch["image"].addressable_shards
@@ -191,7 +166,7 @@ def test_a_stream_is_cut_over_devices_and_is_the_resident_batch():
 
 
 def test_where_arrays_of_a_state_lie():
-    mesh = make_mesh(2)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     shapes = {
         "large": (64, 128),
         "tall": (256, 64),
@@ -204,62 +179,49 @@ def test_where_arrays_of_a_state_lie():
     state = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
     state["keys"] = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4096))
 
-    def specs(state, **options):
-        found = state_shardings(state, mesh, **options)
+    def specs(shard_params):
+        found = state_shardings(state, mesh, shard_params=shard_params)
         assert all(sharding.mesh == mesh for sharding in found.values())
         return {name: tuple(sharding.spec) for name, sharding in found.items()}
 
-    whole = specs(state, stacked=False, shard_params=False)
+    whole = specs(False)
     assert whole == {name: (None,) * x.ndim for name, x in state.items()}
-    expected = whole | {
+    assert specs(True) == whole | {
         "large": (None, "data"),
         "tall": ("data", None),
         "square": (None, "data"),
         "second_best": (None, "data"),
     }
-    assert specs(state, stacked=False, shard_params=True) == expected
-    stacked = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((6, *x.shape), x.dtype), state
-    )
-    found = specs(stacked, stacked=True, shard_params=True)
-    assert found == {name: ("seed", *spec) for name, spec in expected.items()}
-
-
-def test_devices_that_seeds_cannot_share_are_refused():
-    with pytest.raises(UsageError, match="8 devices cannot be shared evenly by 3"):
-        make_mesh(3)
 
 
 def test_classification_is_the_same_on_many_devices():
-    config = classification.ClassificationConfig(epochs=1, batch_size=16)
-    assert_same_step(classification, config)
+    assert_same_step(ClassificationConfig(epochs=1, batch_size=16))
 
 
 @pytest.mark.slow
 def test_translation_is_the_same_on_many_devices():
-    config = translation.TranslationConfig(
+    config = TranslationConfig(
         data=DataConfig(dataset="digit_scenes"),
         epochs=1,
         batch_size=8,
         generator="unet64_small",
         discriminator="pixelgan",
     )
-    assert_same_step(translation, config)
+    assert_same_step(config)
 
 
-def assert_same_step(module, config):
-    task, dataset = module.open_task(config)
+def assert_same_step(config):
+    task, dataset = open_task(config)
     splits = [dataset.split(name).part(0, 16).arrays() for name in ("train", "test")]
     states = []
     for mesh in (ONE_DEVICE, make_mesh()):
         train, test = (InMemoryLoader(arrays, mesh) for arrays in splits)
-        compiled = Program(task, config, train=train, test=test, mesh=mesh)
-        state = compiled.init((0,))
-        states.append(compiled.train(state, next(compiled.feeds((0,), 0)), 1))
+        loaders = {"train_loader": train, "eval_loader": test}
+        states.append(one_step(Program(task, config, mesh=mesh, **loaders)))
     one, many = states
     # Losses, norms of gradients and updates, and the statistics of BatchNorm.
     chex.assert_trees_all_close(many.log, one.log, rtol=1e-3)
-    one, many = (without_keys(state.model_state) for state in states)
+    one, many = (without_keys(state.model_state) for state in (one, many))
     chex.assert_trees_all_close(many, one, rtol=1e-3, atol=1e-5)
 
 
