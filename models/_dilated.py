@@ -1,4 +1,4 @@
-"""What PSPNet and ResNet-DUC+HDC share: a ResNet at an eighth of the resolution."""
+"""The base of PSPNet and ResNet-DUC+HDC: a ResNet with dilated convolutions."""
 
 import abc
 import functools

@@ -157,7 +157,7 @@ class UpConv(nnx.ConvTranspose):
         kernel = kernel.reshape(taps, 2, taps, 2, inputs, outputs)
         kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, inputs, -1)
         pad = taps - 1
-        # If the convolution itself padded, its gradient would be slow again.
+        # Padding inside the convolution would make its gradient slow again.
         padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         y = jax.lax.conv_general_dilated(
             padded, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -69,6 +69,9 @@ class Network(nnx.Module):
         Returns:
           Logits (batch, classes), logits of every pixel (batch, height, width,
           classes), or images (batch, height, width, channels).
+
+        Raises:
+          ImageShapeError: if the network does not take images of this shape.
         """
 
     def with_auxiliary(self, images: Images) -> tuple[Outputs, Outputs | None]:

@@ -163,7 +163,7 @@ class VisionTransformer(Network):
         through attention <https://arxiv.org/abs/2012.12877>`_, 2020
     """
 
-    # The file in which torchvision publishes its weights has other numbers.
+    # The file in which torchvision publishes its weights has yet other names.
     other_names = MappingProxyType(
         {
             "torchvision": _torchvision_name,
