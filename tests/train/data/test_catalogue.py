@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from train import data
-from train.data import _catalogue
-from train.data._prepared import _CITYSCAPES
+from train.data.preparation import catalogue
+from train.data.preparation.prepared import _CITYSCAPES
 from train.errors import UsageError
 
 
@@ -103,7 +103,7 @@ def test_a_download_that_fails_is_explained(tmp_path, monkeypatch, urls):
             assert urls is None  # else it would try for minutes
             raise ConnectionError("connection refused")
 
-    monkeypatch.setattr(_catalogue, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(catalogue, "_has_tensorflow", lambda: True)
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: Offline())
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     with pytest.raises(UsageError, match=r"\(.*\)\. .*without network, copy cifar10"):
@@ -291,7 +291,7 @@ def test_images_of_several_sizes_need_one(tmp_path):
         return {"image": Image.new("RGB", size, (200, 100, 50)), "label": 0}
 
     mixed_sizes(tmp_path, features, make)
-    with pytest.raises(UsageError, match=r"from 10 to 40 pixels wide.*--image-size"):
+    with pytest.raises(UsageError, match=r"from 10 to 40 pixels wide.*image_size"):
         data.load("caltech_birds2011", data_dir=tmp_path)
     birds = data.load("caltech_birds2011", size=(8, 6), data_dir=tmp_path)
     assert birds.std == (1.0, 1.0, 1.0)  # of one colour: nothing to divide by

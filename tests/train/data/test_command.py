@@ -76,7 +76,7 @@ def test_show_draws_what_a_task_needs(monkeypatch, capsys, tmp_path):
         ),
         (
             ("prepare", "segmentation_folder/x", "--source", "."),
-            "--classes background,road,car",
+            "such as background,road,car",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.shared import disk_of
 from train import data
-from train.data._cache import write_arrays
+from train.data.cache import write_arrays
 from train.errors import UsageError
 from train.progress import Reporter
 
@@ -323,7 +323,7 @@ def test_a_disk_is_full_while_building_a_cache(undisturbed, copied):
     split = loading(copied)().split("train")
     with (
         disk_of(10_000_000),
-        pytest.raises(UsageError, match=r"File too large.*make room .*--input stream"),
+        pytest.raises(UsageError, match=r"File too large.*make room, .*to .grain."),
     ):
         split.arrays()
     assert cached(copied) == {}

@@ -2,9 +2,9 @@
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder, Item
-from train.data._source import Source, SourceError
-from train.data.builders import _layout
+from train.data.preparation import layout
+from train.data.preparation.archives import Source, SourceError
+from train.data.preparation.builder import ImageBuilder, Item
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
@@ -12,7 +12,7 @@ _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 class FgvcAircraft(ImageBuilder):
     """FGVC-Aircraft: 10,000 photos of 100 variants, from fgvc-aircraft-2013b.
 
-    The lowest 20 rows of a photo name its photographer; they are kept.
+    The lowest 20 rows of a photo, which name its photographer, are kept.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -27,14 +27,14 @@ class FgvcAircraft(ImageBuilder):
         )
 
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        root = _layout.find_root(source, "variants.txt")
-        classes = _layout.read_lines(source, f"{root}variants.txt")
+        root = layout.find_root(source, "variants.txt")
+        classes = layout.read_lines(source, f"{root}variants.txt")
         labels = {name: i for i, name in enumerate(classes)}
         self.info.features["label"].names = classes
         items: dict[str, list[Item]] = {}
         for split, stem in _SPLITS.items():
             items[split] = []
-            for line in _layout.read_lines(source, f"{root}images_variant_{stem}.txt"):
+            for line in layout.read_lines(source, f"{root}images_variant_{stem}.txt"):
                 number, _, variant = line.partition(" ")
                 if variant not in labels:
                     raise SourceError(
@@ -42,5 +42,5 @@ class FgvcAircraft(ImageBuilder):
                         "expected a number and a variant of variants.txt"
                     )
                 file = f"{root}images/{number}.jpg"
-                items[split].append(_layout.labelled(source, file, labels[variant]))
+                items[split].append(layout.labelled(source, file, labels[variant]))
         return items

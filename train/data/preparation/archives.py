@@ -1,7 +1,7 @@
-"""Files of a folder, a tar or a zip archive, read where they are.
+"""Reads the files of a folder, a tar or a zip archive in place.
 
-No member of an archive is ever written to a path: a compressed tar is unpacked to one
-nameless temporary tar, which leaves nothing behind however the process ends.
+No member of an archive is ever written to a path. A compressed tar is unpacked to one
+temporary file without a name, which is gone however the process ends.
 """
 
 import bz2
@@ -17,39 +17,43 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from train.errors import UsageError
 from train.progress import Progress
 
 _MAX_FILE_BYTES = 1 << 28
-# Photos do not shrink a hundredfold; an archive made to fill a disk does.
+# Photos do not compress a hundredfold; an archive made to fill a disk does.
 _MAX_EXPANSION = 100
 _MIN_UNPACKED_LIMIT = 1 << 26
 _CHUNK = 1 << 20
 _MEGA = 10**6
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
 _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
     EOFError,
     lzma.LZMAError,
     zlib.error,
-    NotImplementedError,  # a zip's way to compress that Python does not know
+    NotImplementedError,  # a zip compression that Python does not know
 )
 
 
 class SourceError(UsageError):
-    """The folder or archive cannot be used at all."""
+    """A folder or archive that cannot be used at all."""
 
 
 class Source:
-    """Files by their names, which are relative, with forward slashes.
+    """Files by their relative names, which have forward slashes.
 
     Attributes:
       path: the folder or archive.
-      names: of all files, sorted; hidden ones are left out.
-      folders: names of all folders, those without a file included.
+      names: sorted names of all files that are not hidden.
+      folders: names of all folders, also of those without a file.
       num_bytes: size of all files together.
     """
 
@@ -72,7 +76,7 @@ class Source:
         return name in self._sizes
 
     def read(self, name: str) -> bytes:
-        """The content of a file.
+        """Returns the content of a file.
 
         Raises:
           ValueError: if it is larger than any image, or damaged in the archive.
@@ -98,13 +102,13 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
     """Opens a folder, a zip, or a tar (plain, or compressed by gzip, bzip2 or xz).
 
     Args:
-      path: of the folder or archive.
-      scratch: an existing folder with room for a compressed tar's content.
+      path: the folder or archive.
+      scratch: an existing folder with room for the content of a compressed tar.
       progress: shows how far unpacking is.
 
     Raises:
-      SourceError: if there is none, it is damaged, or a member is a link or lies
-        outside the archive's folder.
+      SourceError: if it does not exist or is damaged, or a member is a link or lies
+        outside the folder of the archive.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -128,12 +132,13 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
 
 def _open_folder(path: Path) -> Source:
     sizes, folders = {}, set()
-    above: dict[str, set[str]] = {}  # of each folder, itself included, without links
-    # Links are the user's own here, and common where disks are shared.
+    # The real paths of each folder and of all that it lies in.
+    above: dict[str, set[str]] = {}
+    # Here links are the user's own, and common where disks are shared.
     for folder, subfolders, files in os.walk(path, onerror=_fail, followlinks=True):
         real = os.path.realpath(folder)
         parents = above.get(os.path.dirname(folder), set())
-        if real in parents:  # a link upwards
+        if real in parents:  # a link to a folder that it lies in
             subfolders.clear()
             continue
         above[folder] = parents | {real}
@@ -152,7 +157,7 @@ def _fail(error: OSError) -> NoReturn:
 def _open_zip(path: Path, archive: zipfile.ZipFile) -> Source:
     members, folders, refused = {}, set(), []
     for member in archive.infolist():
-        # Some programs of Windows write backslashes.
+        # Some Windows programs write backslashes.
         name = member.filename.replace("\\", "/").removeprefix("./")
         if stat.S_ISLNK(member.external_attr >> 16) or not _is_inside(name):
             refused.append(name)
@@ -167,7 +172,7 @@ def _open_zip(path: Path, archive: zipfile.ZipFile) -> Source:
     def read(name: str) -> bytes:
         try:
             return archive.read(members[name])
-        except OSError as error:  # of bz2, or of a place that cannot be
+        except OSError as error:  # raised by bz2, and at impossible positions
             raise zipfile.BadZipFile(str(error)) from error
 
     sizes = {name: member.file_size for name, member in members.items()}
@@ -186,15 +191,15 @@ def _open_tar(path: Path, file: BinaryIO) -> Source:
                 folders.add(name)
             else:
                 places[name] = (member.offset_data, member.size)
-        # To tarfile a damaged header is the end as well.
+        # tarfile takes a damaged header for the end as well.
         end = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
         if end != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no end after {len(archive.members)} members")
+            raise tarfile.ReadError(f"no end after {len(archive.getmembers())} members")
     _refuse(path, refused)
 
     def read(name: str) -> bytes:
         start, size = places[name]
-        return os.pread(file.fileno(), size, start)  # any thread, no shared position
+        return os.pread(file.fileno(), size, start)  # safe in threads
 
     sizes = {name: size for name, (_, size) in places.items()}
     return Source(path, sizes, folders, read)
@@ -221,9 +226,10 @@ def _unpacked(
     stack: contextlib.ExitStack,
     progress: Progress,
 ) -> BinaryIO:
-    """The tar itself, or a temporary copy without its compression.
+    """Returns the tar itself, or an uncompressed temporary copy.
 
-    Only a plain tar gives its files in any order without reading all that lie before.
+    Only from an uncompressed tar can files be read in any order without reading all
+    that lie before them.
     """
     start = file.read(6)
     file.seek(0)
@@ -248,10 +254,10 @@ def _unpacked(
                     )
         plain.seek(0, io.SEEK_SET)
     except OSError as error:
-        if error.errno is None:  # not the system's, but gzip's or bz2's
+        if error.errno is None:  # raised by gzip or bz2, not by the system
             raise tarfile.ReadError(str(error)) from error
         raise SourceError(
             f"cannot unpack {path} to {scratch} ({error}): make room or choose another "
-            "--data-dir"
+            "data_dir"
         ) from error
     return plain

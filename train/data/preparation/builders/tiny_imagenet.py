@@ -2,16 +2,16 @@
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder, Item
-from train.data._source import Source, SourceError
-from train.data.builders import _layout
+from train.data.preparation import layout
+from train.data.preparation.archives import Source, SourceError
+from train.data.preparation.builder import ImageBuilder, Item
 
 
 class TinyImagenet(ImageBuilder):
     """Tiny ImageNet: 200 classes, 64x64, from the official tiny-imagenet-200 folder.
 
-    The official test images have no labels and are left out; scores are customarily
-    those on the 10,000 validation images.
+    The official test images have no labels and are left out. Scores are usually
+    reported on the 10,000 validation images.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -25,21 +25,21 @@ class TinyImagenet(ImageBuilder):
         )
 
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        root = _layout.find_root(source, "wnids.txt")
-        classes = sorted(_layout.read_lines(source, f"{root}wnids.txt"))
+        root = layout.find_root(source, "wnids.txt")
+        classes = sorted(layout.read_lines(source, f"{root}wnids.txt"))
         labels = {name: i for i, name in enumerate(classes)}
         self.info.features["label"].names = classes
         train = []
         for name in classes:
             prefix = f"{root}train/{name}/images/"
             files = [
-                n for n in source.names if n.startswith(prefix) and _layout.is_image(n)
+                n for n in source.names if n.startswith(prefix) and layout.is_image(n)
             ]
             if not files:
                 self._bad(prefix, "an empty class folder; expected images")
-            train += [_layout.labelled(source, file, labels[name]) for file in files]
+            train += [layout.labelled(source, file, labels[name]) for file in files]
         validation = []
-        for line in _layout.read_lines(source, f"{root}val/val_annotations.txt"):
+        for line in layout.read_lines(source, f"{root}val/val_annotations.txt"):
             file, name = (*line.split("\t"), "")[:2]
             if name not in labels:
                 raise SourceError(
@@ -47,5 +47,5 @@ class TinyImagenet(ImageBuilder):
                     "file, a tab and a class of wnids.txt"
                 )
             file = f"{root}val/images/{file}"
-            validation.append(_layout.labelled(source, file, labels[name]))
+            validation.append(layout.labelled(source, file, labels[name]))
         return {"train": train, "validation": validation}

@@ -5,10 +5,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder, Item
-from train.data._images import IMAGE_SUFFIXES
-from train.data._source import Source
-from train.data.builders import _layout
+from train.data.images import IMAGE_SUFFIXES
+from train.data.preparation import layout
+from train.data.preparation.archives import Source
+from train.data.preparation.builder import ImageBuilder, Item
 
 
 class ImageFolder(ImageBuilder):
@@ -24,23 +24,23 @@ class ImageFolder(ImageBuilder):
         """Makes a builder.
 
         Args:
-          test_fraction: share of every class to test on, where there are no splits.
-          **kwargs: as any of these builders takes.
+          test_fraction: share of every class to test on, if there are no split folders.
+          **kwargs: passed to `ImageBuilder`.
         """
-        self._fraction = _layout.check_fraction(test_fraction)
+        self._fraction = layout.check_fraction(test_fraction)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._describe(
             {
                 "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(),  # named when the folders are seen
+                "label": tfds.features.ClassLabel(),  # named after the folders
             }
         )
 
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        root = _layout.top_folder(source, contents=1)
-        splits = _layout.split_folders(source, root)
+        root = layout.top_folder(source, contents=1)
+        splits = layout.split_folders(source, root)
         found = {
             split: self._by_class(source, prefix)
             for split, prefix in (splits or {"train": root}).items()
@@ -52,26 +52,27 @@ class ImageFolder(ImageBuilder):
                 if by_class[name]:
                     self._bad(f"{splits[split]}{name}/", "a class that train/ lacks")
             items[split] = [
-                _layout.labelled(source, file, label)
+                layout.labelled(source, file, label)
                 for label, name in enumerate(classes)
                 for file in by_class.get(name, [])
             ]
         self.info.features["label"].names = classes
         folder_of = {f: name for name, files in found["train"].items() for f in files}
-        return _layout.divide(
+        return layout.divide(
             items, splits, self._fraction, lambda item: folder_of[item.key]
         )
 
     def _by_class(self, source: Source, prefix: str) -> dict[str, list[str]]:
-        files = defaultdict(list, {n: [] for n in _layout.subfolders(source, prefix)})
+        files: dict[str, list[str]] = defaultdict(list)
+        files |= {name: [] for name in layout.subfolders(source, prefix)}
         for name in source.names:
             folder, slash, _ = name.removeprefix(prefix).partition("/")
             if not name.startswith(prefix):
                 continue
             if not slash:
-                if _layout.is_image(name):
+                if layout.is_image(name):
                     self._bad(name, f"in no class folder; expected {prefix}CLASS/...")
-            elif _layout.is_image(name):
+            elif layout.is_image(name):
                 files[folder].append(name)
             else:
                 self._bad(name, f"expected an image, {' '.join(IMAGE_SUFFIXES)}")

@@ -1,10 +1,10 @@
-"""Scenes of several handwritten digits, composed from small images of single ones.
+"""Composes scenes of several handwritten digits from small images of single digits.
 
-A photo-like image, the class of every pixel, and the same as a drawing in one colour a
-class: real handwriting to segment, and drawings to translate to images, without a
-download. Colour and texture are drawn at random for every digit, so only its shape
-tells its class. What the drawing does tell of the image is that digits are brighter
-than the background, lit from the upper left, and throw a shadow to the lower right.
+A scene has a photo-like image, the class of every pixel, and a drawing with one colour
+for each class. So there are photos of real handwriting to segment, and drawings to
+translate to images, without a download. Every digit has a random colour and texture, so
+that only its shape tells its class. The drawing does determine that digits are brighter
+than the background, lit from the upper left, and cast a shadow to the lower right.
 """
 
 from typing import NamedTuple
@@ -27,18 +27,19 @@ COLORS = (
     (150, 95, 50),
 )
 
-_INK = 0.5  # above it a pixel belongs to the stroke
+_INK = 0.5  # a pixel with more ink belongs to the stroke
 _VISIBLE = 0.9  # at least this share of every digit stays uncovered
-_TRIES = 50  # places tried for a digit before the scene counts as full
+_TRIES = 50  # places to try for a digit before the scene counts as full
 
 
 class Scene(NamedTuple):
     """One composed example.
 
     Attributes:
-      image: uint8 (size, size, 3), the digits on a textured background.
-      mask: uint8 (size, size), the class: 0 for background, 1 + d for digit d.
-      drawing: uint8 (size, size, 3), the mask in `COLORS`.
+      image: the digits on a textured background, uint8 (size, size, 3).
+      mask: the class of each pixel, 0 for background and 1 + d for digit d, uint8
+        (size, size).
+      drawing: the mask in `COLORS`, uint8 (size, size, 3).
     """
 
     image: np.ndarray
@@ -51,18 +52,18 @@ def compose(
 ) -> Scene:
     """Composes one scene of two to five digits.
 
-    Digits take about a quarter to half of the height of the scene, stand upright within
-    15 degrees, and may overlap as long as nine tenths of each stay visible.
+    Digits take about a quarter to a half of the height of the scene and are rotated by
+    at most 15 degrees. They may overlap as long as nine tenths of each stay visible.
 
     Args:
-      images: uint8 (n, side, side, 1), bright digits on black, to choose from.
-      labels: int (n,), their digits, 0 to 9.
-      seed: of the dataset.
-      index: of the scene in it. The same arguments always give the same scene.
+      images: bright digits on black to choose from, uint8 (n, side, side, 1).
+      labels: their classes from 0 to 9, int (n,).
+      seed: seed of the dataset.
+      index: number of the scene. The same arguments always give the same scene.
       size: height and width of the scene in pixels.
 
     Returns:
-      A `Scene`.
+      The scene.
 
     Examples:
       >>> from sklearn.datasets import load_digits
@@ -76,7 +77,7 @@ def compose(
     chosen = rng.integers(len(images), size=rng.integers(2, 6))
     canvas = _surface(rng.uniform(0.2, 0.4), 0.15, size, rng)
     mask = np.zeros((size, size), np.uint8)
-    placed = _place(images[chosen], size, rng)  # maybe not all of them
+    placed = _place(images[chosen], size, rng)  # may lack some
     for ink, label in zip(placed, labels[chosen], strict=False):
         _paint(canvas, ink, _surface(rng.uniform(0.65, 0.8), 0.4, size, rng))
         mask[ink > _INK] = 1 + label
@@ -85,11 +86,11 @@ def compose(
 
 
 def _place(digits: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draws digits, each where those before it stay visible.
+    """Draws each digit where those before it stay visible, until the scene is full.
 
-    Returns the ink of the first digits, bottom to top; of all unless the scene is full.
+    Returns the ink of the digits drawn, from bottom to top.
     """
-    placed = []
+    placed: list[np.ndarray] = []
     for digit in digits:
         for _ in range(_TRIES):
             ink = _draw(digit[..., 0], size, rng)
@@ -102,15 +103,15 @@ def _place(digits: np.ndarray, size: int, rng: np.random.Generator) -> list[np.n
 
 
 def _draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Puts a digit somewhere on an empty canvas: ink from 0 to 1, (size, size)."""
-    margin = 2  # so that strokes at the border of the digit end smoothly
+    """Draws a digit somewhere on an empty canvas: ink in [0, 1], (size, size)."""
+    margin = 2  # lets strokes at the border of the image end smoothly
     source = Image.fromarray(np.pad(digit, margin))
     zoom = size * rng.uniform(0.28, 0.5) / len(digit)
     angle = np.deg2rad(rng.uniform(-15, 15))
     reach = zoom * len(digit) / 2
     x, y = rng.uniform(reach, size - reach, 2)
     cos, sin, centre = np.cos(angle) / zoom, np.sin(angle) / zoom, source.width / 2
-    # Pillow asks where in the source a point of the canvas comes from.
+    # Pillow takes the map from points of the canvas to points of the source.
     to_source = (
         *(cos, sin, centre - cos * x - sin * y),
         *(-sin, cos, centre + sin * x - cos * y),
@@ -122,7 +123,7 @@ def _draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _all_visible(inks: list[np.ndarray]) -> bool:
-    """Whether enough of every digit shows, with the inks from bottom to top."""
+    """Returns whether enough of every digit shows; the inks go from bottom to top."""
     above = np.zeros(inks[0].shape, bool)
     for ink in reversed(inks):
         stroke = ink > _INK
@@ -135,16 +136,17 @@ def _all_visible(inks: list[np.ndarray]) -> bool:
 def _surface(
     level: float, saturation: float, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """A patchy, grainy surface of random hue around a level: (size, size, 3)."""
+    """Returns a patchy, grainy surface of random hue, (size, size, 3)."""
     hue = saturation * rng.uniform(-1, 1, 3)
     patches = Image.fromarray(rng.integers(256, size=(5, 5, 3), dtype=np.uint8))
     smooth = np.asarray(patches.resize((size, size), Image.Resampling.BICUBIC))
     grain = rng.normal(0, 0.025, (size, size, 1))
-    return level + hue - hue.mean() + 0.2 * (smooth / 255 - 0.5) + grain
+    surface: np.ndarray = level + hue - hue.mean() + 0.2 * (smooth / 255 - 0.5) + grain
+    return surface
 
 
 def _paint(canvas: np.ndarray, ink: np.ndarray, surface: np.ndarray) -> None:
-    """Paints a digit of this surface onto the canvas, over its own shadow."""
+    """Paints a digit with a surface, and its shadow, onto the canvas."""
     offset = len(ink) // 20
     ink = ink[..., None]
     canvas *= 1 - 0.5 * _shifted(ink, offset)
@@ -154,5 +156,5 @@ def _paint(canvas: np.ndarray, ink: np.ndarray, surface: np.ndarray) -> None:
 
 
 def _shifted(ink: np.ndarray, by: int) -> np.ndarray:
-    """The ink moved down and to the right."""
+    """Moves the ink down and to the right."""
     return np.pad(ink, ((by, 0), (by, 0), (0, 0)))[: len(ink), : len(ink)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import contact_sheet
-from train.data.contact_sheet import (
+from train import contact_sheet
+from train.contact_sheet import (
     default_colors,
     labelled,
     overlay,

@@ -1,23 +1,24 @@
-"""Prepared datasets: what they hold, and what tasks they serve."""
+"""Opens prepared datasets, and says what they hold and which tasks they serve."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from train.data._catalogue import command, find_or_prepare
-from train.data._dataset import Dataset, Field, Reader, Split
-from train.data._statistics import Statistics, statistics
+from train.data.dataset import Dataset, Field, Reader, Split
+from train.data.preparation.catalogue import command, find_or_prepare
+from train.data.preparation.measure import CacheRequest, Size, SplitStatistics, measure
 from train.errors import UsageError
 from train.progress import Progress, silent
 
 _FIT = {"classification": "crop", "segmentation": "pad", "translation": "stretch"}
 _SPLIT_ORDER = ("train", "validation", "test")
 
-# The classes of Cityscapes that are trained on, by the values of its label images.
+# The classes of Cityscapes that are trained on, by their values in its label images.
 _CITYSCAPES = {
     7: "road",
     8: "sidewalk",
@@ -47,11 +48,11 @@ class Prepared:
     """A dataset on disk.
 
     Attributes:
-      name: the name it is known by.
-      folder: where it lies.
-      info: what TFDS says of it.
-      sources: by split, the TFDS data source; images in it are still encoded.
-      tasks: by task that it serves, the fields of an example.
+      name: name of the dataset.
+      folder: folder that holds it.
+      info: the description by TFDS.
+      sources: the TFDS data source of each split, whose images are still encoded.
+      tasks: the fields of an example, for each task that the dataset serves.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Prepared:
     tasks: Mapping[str, Mapping[str, Field]]
 
     def fields(self, task: str | None) -> Mapping[str, Field]:
-        """The fields of a task, or of the first if that is None.
+        """Returns the fields of a task; of the first that is served if it is None.
 
         Raises:
           UsageError: if the dataset does not serve the task.
@@ -78,10 +79,39 @@ class Prepared:
             )
         return self.tasks[task]
 
-    def statistics(self, progress: Progress = silent) -> dict[str, Statistics]:
-        """Statistics of every split; measured at the first call."""
+    def statistics(
+        self, progress: Progress = silent, requests: Sequence[CacheRequest] = ()
+    ) -> dict[str, SplitStatistics]:
+        """Returns the statistics of every split, which the first call measures.
+
+        Args:
+          progress: shows how far measuring is.
+          requests: decoded arrays to write to the cache in the same pass.
+        """
         fields = {f.key: f for task in self.tasks.values() for f in task.values()}
-        return statistics(self.folder, self.sources, fields, progress)
+        return measure(self.folder, self.sources, fields, progress, requests)
+
+    def reader(self, task: str, size: Size) -> Reader:
+        """Returns a reader of the examples of a task, with images of one size."""
+        ignore_label = self.ignore_label
+        return Reader(
+            fields=self.fields(task),
+            size=size,
+            fit=_FIT[task],
+            ignore_label=_IGNORED if ignore_label is None else ignore_label,
+        )
+
+    def split(self, name: str, reader: Reader, stored_size: Size | None) -> Split:
+        """Returns all examples of a split."""
+        records = self.sources[name]
+        return Split(
+            name=name,
+            records=records,
+            reader=reader,
+            cache=self.folder / "cache",
+            rows=range(len(records)),
+            stored_size=stored_size,
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -113,7 +143,7 @@ def open_prepared(
     data_dir: Path | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Opens a prepared dataset; one that needs no source is prepared if need be.
+    """Opens a prepared dataset, and prepares it first if that needs no source.
 
     Raises:
       UsageError: if it is not known, not prepared, or prepared for TensorFlow alone.
@@ -150,23 +180,30 @@ def load(
     name: str,
     *,
     task: str | None = None,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     direction: str = "AtoB",
     data_dir: Path | None = None,
     progress: Progress = silent,
+    cache: Collection[tuple[str, Size | None]] = (),
+    max_cache_bytes: float = math.inf,
 ) -> Dataset:
-    """Loads a prepared dataset; those that need no source are prepared if need be.
+    """Loads a prepared dataset, and prepares it first if that needs no source.
 
     Args:
-      name: of the dataset: `digits`, `image_folder/flowers`, `cifar10`.
+      name: name of the dataset: `digits`, `image_folder/flowers`, `cifar10`.
       task: "classification", "segmentation" or "translation"; the first that the
         dataset serves if unset.
       size: (height, width) of images in pixels; may be unset if all are of one size.
-        See `Reader.fit` for how images of another size come to it.
+        `Reader.fit` tells how images of other sizes are brought to it.
       direction: "AtoB" translates the left half of a pair into the right, "BtoA" the
         right into the left.
-      data_dir: where prepared datasets lie; that of TFDS if unset.
-      progress: shows what takes time at the first call.
+      data_dir: folder of prepared datasets; that of TFDS if unset.
+      progress: shows how far the work of the first call is.
+      cache: splits whose decoded examples will be needed in memory, and the size of
+        their images, None for that in which they are stored. The first call decodes
+        all images to measure them; with this, it writes them to the cache as well.
+        "validation" stands for "train" where it will be held out of that.
+      max_cache_bytes: nothing is written if all decoded examples would take more.
 
     Raises:
       UsageError: if the dataset is not known or not prepared, or does not serve the
@@ -180,23 +217,13 @@ def load(
             f"{name} has nothing to train on; it has {', '.join(found.sources)}"
         )
     fields = found.fields(task)
-    measured = found.statistics(progress)
     task = task or next(iter(found.tasks))
-    reader = Reader(
-        fields=fields,
-        size=size or _common_size(name, measured),
-        fit=_FIT[task],
-        ignore_label=_IGNORED if found.ignore_label is None else found.ignore_label,
-    )
+    requests = _requests(found, task, cache, max_cache_bytes)
+    measured = found.statistics(progress, requests)
+    reader = found.reader(task, size or _common_size(name, measured))
     splits = {
-        split: Split(
-            name=split,
-            records=records,
-            reader=reader,
-            cache=found.folder / "cache",
-            rows=range(len(records)),
-        )
-        for split, records in found.sources.items()
+        split: found.split(split, reader, measured[split].common_size)
+        for split in found.sources
         # Test images of the catalogue may come without labels.
         if all(map(any, measured[split].counts.values()))
     }
@@ -210,13 +237,57 @@ def load(
         colors=found.colors,
         mean=tuple(measured["train"].mean[image]),
         std=tuple(std or 1.0 for std in measured["train"].std[image]),
+        class_counts=_class_counts(fields, measured, len(found.class_names)),
     )
+
+
+def _requests(
+    found: Prepared,
+    task: str,
+    cache: Collection[tuple[str, Size | None]],
+    max_bytes: float,
+) -> list[CacheRequest]:
+    """Chooses what to write to the cache while images are measured."""
+    if not cache:
+        return []
+    image = next(f for f in found.fields(task).values() if f.kind == "image")
+    stored = image.stored_size(found.sources["train"].__getitems__([0])[0])
+    requests = {}
+    for split, size in cache:
+        held_out = split == "validation" and split not in found.sources
+        name = "train" if held_out else split
+        if name in found.sources:
+            part = found.split(name, found.reader(task, size or stored), None)
+            paths = tuple(part.cache_paths.values())
+            requests[paths] = CacheRequest(part, if_uniform=size is None)
+    num_bytes = sum(request.split.num_bytes for request in requests.values())
+    return list(requests.values()) if num_bytes <= max_bytes else []
+
+
+def _class_counts(
+    fields: Mapping[str, Field], measured: Mapping[str, SplitStatistics], classes: int
+) -> dict[str, np.ndarray]:
+    """Returns the counts of `Dataset.class_counts`."""
+    for field in fields.values():
+        if field.kind != "image":
+            length = 256 if field.kind == "mask" else classes
+            return {
+                split: _padded(of_split.counts[field.key], length)
+                for split, of_split in measured.items()
+            }
+    return {}
+
+
+def _padded(counts: Sequence[int], length: int) -> np.ndarray:
+    array = np.zeros(length, np.int64)
+    array[: len(counts)] = counts
+    return array
 
 
 def _tasks(
     name: str, features: Mapping[str, Any], direction: str
 ) -> dict[str, dict[str, Field]]:
-    """The fields of each task that a dataset's features serve."""
+    """Returns the fields of each task that the features of a dataset serve."""
 
     def image(feature: str, half: str = "") -> Field:
         channels = features[feature].shape[-1]
@@ -247,13 +318,13 @@ def _tasks(
     return tasks
 
 
-def _common_size(name: str, measured: Mapping[str, Statistics]) -> tuple[int, int]:
+def _common_size(name: str, measured: Mapping[str, SplitStatistics]) -> Size:
     heights = {h for m in measured.values() for h in m.heights}
     widths = {w for m in measured.values() for w in m.widths}
     if len(heights) > 1 or len(widths) > 1:
         raise UsageError(
             f"images of {name} differ in size, from {min(widths)} to {max(widths)} "
             f"pixels wide and from {min(heights)} to {max(heights)} high: give one "
-            "size, --image-size"
+            "size, image_size"
         )
     return heights.pop(), widths.pop()

@@ -5,9 +5,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder, Item
-from train.data._source import Source
-from train.data.builders import _layout
+from train.data.preparation import layout
+from train.data.preparation.archives import Source
+from train.data.preparation.builder import ImageBuilder, Item
 from train.errors import UsageError
 
 
@@ -15,7 +15,7 @@ class SegmentationFolder(ImageBuilder):
     """Photos and label images: SPLIT/images/*.jpg and SPLIT/masks/*.png.
 
     A mask has the name and the size of its photo; the value of a pixel is its class.
-    Without folders of splits, images/ and masks/ with a share to test on.
+    Without split folders, it takes images/ and masks/ with a share to test on.
     """
 
     NEEDS_NAME = True
@@ -34,8 +34,8 @@ class SegmentationFolder(ImageBuilder):
           classes: names of the classes, in the order of their values from 0; needed
             to prepare.
           ignore_label: value of pixels without a class.
-          test_fraction: share of photos to test on, where there are no splits.
-          **kwargs: as any of these builders takes.
+          test_fraction: share of photos to test on, if there are no split folders.
+          **kwargs: passed to `ImageBuilder`.
         """
         self._classes = list(classes or ())
         self._ignore_label = ignore_label
@@ -48,7 +48,7 @@ class SegmentationFolder(ImageBuilder):
                 f"ignore label must lie from the number of classes, "
                 f"{len(self._classes)}, to 255, got {ignore_label}"
             )
-        self._fraction = _layout.check_fraction(test_fraction)
+        self._fraction = layout.check_fraction(test_fraction)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -65,24 +65,24 @@ class SegmentationFolder(ImageBuilder):
     def _list(self, source: Source) -> dict[str, list[Item]]:
         if not self._classes:
             raise UsageError(
-                "the values of masks need names: declare them in order, such as "
-                "--classes background,road,car"
+                "the values of masks need names: declare classes in order, such as "
+                "background,road,car"
             )
         labels = {*range(len(self._classes)), self._ignore_label}
-        root = _layout.find_root(source, "images")
-        splits = _layout.split_folders(source, _above(root))
+        root = layout.find_root(source, "images")
+        splits = layout.split_folders(source, _above(root))
         items = {
             split: [
-                _layout.segmented(source, photo, mask, labels)
-                for photo, mask in _layout.match(
+                layout.segmented(source, photo, mask, labels)
+                for photo, mask in layout.match(
                     source, f"{prefix}images/", f"{prefix}masks/", self._bad
                 )
             ]
             for split, prefix in (splits or {"train": root}).items()
         }
-        return _layout.divide(items, splits, self._fraction, lambda item: None)
+        return layout.divide(items, splits, self._fraction, lambda item: None)
 
 
 def _above(prefix: str) -> str:
-    """The prefix of the folder that holds a folder."""
+    """Returns the prefix of the folder that contains a folder."""
     return prefix.rstrip("/").rpartition("/")[0] + "/" if "/" in prefix[:-1] else ""

@@ -1,45 +1,42 @@
-"""What the TFDS builders of this project share: checking, order, writing, safety.
+"""The base of the TFDS builders: checks files, shuffles and writes examples safely.
 
-They are `tfds.core.ShardBasedBuilder`s. tensorflow-datasets' `GeneratorBasedBuilder`
-would keep up to 1 GB of a split in memory to shuffle it, and needs TensorFlow for a
-split that is larger; here examples are named before they are read, so that they can be
-written in shuffled order one shard after another.
+The builders are `tfds.core.ShardBasedBuilder`s. tensorflow-datasets'
+`GeneratorBasedBuilder` would keep up to 1 GB of a split in memory to shuffle it, and
+needs TensorFlow for a larger split. Here examples get their names before they are read,
+so that they can be written in shuffled order, one shard after another.
 """
 
 import abc
-import collections
-import concurrent.futures
+import functools
 import hashlib
-import itertools
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import filelock
 import tensorflow_datasets as tfds
 
-from train.data._images import BadFileError
-from train.data._source import Source, open_source
+from train.data.images import BadFileError
+from train.data.preparation.archives import Source, open_source
+from train.data.threads import map_threads
 from train.errors import UsageError
 from train.progress import Progress, silent
 
 Example = dict[str, Any]
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 _SHARD_BYTES = 1 << 26
 _SHOWN_FILES = 20
 
 
 class Item(NamedTuple):
-    """An example to be made.
+    """An example that is yet to be read.
 
     Attributes:
-      key: names it, once in its split; the order on disk follows from it.
-      make: reads, checks and encodes it, or raises BadFileError.
+      key: a name that is unique in the split and decides the place on disk.
+      make: reads, checks and encodes the example, or raises BadFileError.
     """
 
     key: str
@@ -47,24 +44,24 @@ class Item(NamedTuple):
 
 
 class BadFilesError(UsageError):
-    """Files that cannot become examples, all of them.
+    """Reports all files that cannot become examples.
 
     Attributes:
-      errors: one for each file.
+      errors: one error for each file.
     """
 
     def __init__(self, source: object, errors: Sequence[BadFileError]):
         super().__init__(
-            f"{source} has {summarize(errors)}\nmend or remove them, or leave them out "
-            "with --skip-bad"
+            f"{source} has {summarize(errors)}\nrepair or remove them, or set skip_bad "
+            "to leave them out"
         )
         self.errors = errors
 
 
 def summarize(errors: Sequence[BadFileError]) -> str:
-    """How many files are bad, and the first of them.
+    """Says how many files are bad, and lists the first of them.
 
-    >>> from train.data._images import BadFileError
+    >>> from train.data.images import BadFileError
     >>> print(summarize([BadFileError("a.jpg", "empty"), BadFileError("b", "empty")]))
     2 bad files: a.jpg: empty; b: empty
     """
@@ -77,17 +74,20 @@ def summarize(errors: Sequence[BadFileError]) -> str:
     return f"{len(errors)} bad file{'s' * (len(errors) > 1)}: {joint.join(shown)}"
 
 
-class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Base of the builders; prepares and reads without TensorFlow.
+class ImageBuilder(  # type: ignore[call-arg]
+    tfds.core.ShardBasedBuilder, skip_registration=True
+):
+    """Base of the builders, which prepare and read without TensorFlow.
 
-    Preparing first checks every file, then writes; a dataset's folder appears in one
-    move when all is written. A lock lets one process prepare it while others wait.
+    Preparing first checks every file and then writes. The folder of the dataset appears
+    in one move when everything is written. A lock lets one process prepare the dataset
+    while others wait.
 
     Attributes:
-      NEEDS_SOURCE: whether there is a folder or archive to read from.
-      NEEDS_NAME: whether users bring their own data, and so name the dataset:
+      NEEDS_SOURCE: whether the dataset is prepared from a folder or archive.
+      NEEDS_NAME: whether users bring their own data and therefore name the dataset:
         `image_folder/flowers`.
-      SHUFFLED: whether examples are stored in the order of their keys' hashes.
+      SHUFFLED: whether examples are stored in the order of the hashes of their keys.
       skipped: errors of the files left out, after preparing with `skip_bad`.
     """
 
@@ -110,11 +110,12 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
         Args:
           source: folder or archive to prepare from; not needed to read.
-          skip_bad: leaves out files that cannot be examples, in place of an error.
+          skip_bad: whether to leave out files that cannot be examples; they are an
+            error otherwise.
           progress: shows how far preparing is.
           config: the user's name for the dataset, with `NEEDS_NAME`.
-          file_format: only array_record is read without TensorFlow.
-          **kwargs: of `tfds.core.DatasetBuilder`: data_dir, version.
+          file_format: array_record, the only one that is read without TensorFlow.
+          **kwargs: passed to `tfds.core.DatasetBuilder`: data_dir, version.
         """
         if file_format != "array_record":
             raise UsageError(f"file_format must be array_record, got {file_format!r}")
@@ -129,12 +130,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     @abc.abstractmethod
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        """Names the examples of each split, without reading images.
+        """Lists the examples of each split, without reading images.
 
-        Errors of files that have no part in an example go to `self._bad`.
+        Reports files that belong to no example by `self._bad`.
         """
 
     def _bad(self, file: str, problem: str) -> None:
+        """Reports a file that cannot become an example."""
         self.skipped.append(BadFileError(file, problem))
 
     def _describe(
@@ -144,7 +146,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         citation: str | None = None,
         **metadata: Any,
     ) -> tfds.core.DatasetInfo:
-        """The description that `_info` returns."""
+        """Returns the description that `_info` is to return."""
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
@@ -156,11 +158,11 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, **kwargs: Any) -> None:
-        """Prepares the dataset from its source, unless it is there already.
+        """Prepares the dataset from its source, unless it is prepared already.
 
         Raises:
           UsageError: if the source is missing or wrong.
-          BadFilesError: if files are bad, all of them named, without `skip_bad`.
+          BadFilesError: if files are bad and `skip_bad` is not set; names all of them.
         """
         folder = Path(self.data_path)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 return
             if folder.exists():
                 raise UsageError(f"{folder} is no prepared dataset: remove it first")
-            # Holding the lock, nobody else is at work on what is left over here.
+            # This process holds the lock, so nobody is working on these leftovers.
             for left_over in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(left_over)
             if not self.NEEDS_SOURCE:
@@ -209,7 +211,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             except (OSError, RuntimeError) as error:  # array_record's is the latter
                 raise UsageError(
                     f"cannot write {self.name} to {self.data_dir} ({error}): make room "
-                    "or choose another --data-dir"
+                    "or choose another data_dir"
                 ) from error
 
     def _checked(self, items: list[Item], advance: Callable[[], None]) -> list[Item]:
@@ -218,6 +220,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 item.make()
             except BadFileError as error:
                 return error
+            return None
 
         good = []
         for item, error in zip(items, map_threads(error_of, items), strict=True):
@@ -243,45 +246,28 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 self._advance()
                 yield item.key, example
 
-        shards = {}
+        shards: dict[str, list[Callable[[], Iterator[tuple[str, Example]]]]] = {}
         for name, items in self._items.items():
             if self.SHUFFLED:
                 items = shuffled(items)
             starts = range(0, len(items), per_shard)
             shards[name] = [
-                lambda part=items[i : i + per_shard]: write(part) for i in starts
+                functools.partial(write, items[i : i + per_shard]) for i in starts
             ]
         return shards
 
     def _log_download_bytes(self) -> None:
-        """Says nothing, where the base class prints: nothing is downloaded."""
+        """Prints nothing, unlike the base class, as nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """Says nothing either."""
-
-
-def map_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """Maps in threads, in order, with few results waiting at any time.
-
-    PIL decodes without Python's lock, so large images use every core.
-    """
-    items = iter(items)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        window = collections.deque(
-            pool.submit(function, item)
-            for item in itertools.islice(items, 4 * (os.cpu_count() or 1))
-        )
-        while window:
-            result = window.popleft().result()
-            window.extend(pool.submit(function, x) for x in itertools.islice(items, 1))
-            yield result
+        """Prints nothing, as above."""
 
 
 def shuffled(items: Iterable[Item]) -> list[Item]:
-    """Items in the order of their keys' hashes.
+    """Returns items in the order of the hashes of their keys.
 
-    Folders that hold all of them do not count: an archive and the folder that is in it
-    give the same order.
+    The part of the path that all keys share is left out of the hash, so that an archive
+    and the folder inside it give the same order.
     """
     items = list(items)
     folders = {os.path.dirname(item.key) for item in items}

@@ -6,9 +6,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from train.data._builder import Example, ImageBuilder, Item
-from train.data._images import encode_png
-from train.data._source import Source
+from train.data.images import encode_png
+from train.data.preparation.archives import Source
+from train.data.preparation.builder import Example, ImageBuilder, Item
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -16,12 +16,13 @@ Arrays = tuple[np.ndarray, np.ndarray]
 class Digits(ImageBuilder):
     """Real handwritten digits, 8x8 pixels, that come with scikit-learn.
 
-    They are split once and for all into 1,000 to train and 797 to test, with the
-    classes in equal shares; so few to train leave a network something to get wrong.
+    They are always split into the same 1,000 to train and 797 to test, with equal
+    shares of all classes. With more training images, networks would make too few
+    errors to compare.
     """
 
     NEEDS_SOURCE = False
-    SHUFFLED = False  # the split shuffles already
+    SHUFFLED = False  # splitting shuffles them already
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._describe(
@@ -46,8 +47,8 @@ class Digits(ImageBuilder):
 
 
 def split_digits() -> dict[str, Arrays]:
-    """Images, uint8 (n, 8, 8) from 0 to 255, and labels of each split."""
-    # A second to import, which is for preparing alone.
+    """Returns images, uint8 (n, 8, 8), and labels, int (n,), of each split."""
+    # They take a second to import, and only preparing needs them.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

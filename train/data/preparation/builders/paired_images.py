@@ -4,17 +4,17 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import Example, ImageBuilder, Item
-from train.data._images import BadFileError, check_photo
-from train.data._source import Source
-from train.data.builders import _layout
+from train.data.images import BadFileError, check_photo
+from train.data.preparation import layout
+from train.data.preparation.archives import Source
+from train.data.preparation.builder import Example, ImageBuilder, Item
 
 
 class PairedImages(ImageBuilder):
     """Pairs side by side in one picture, A left and B right, as pix2pix has them.
 
-    For maps, facades, cityscapes and your own: SPLIT/*.jpg, or *.jpg with a share to
-    test on. Which half is translated into the other is said when the dataset is read.
+    Takes maps, facades, cityscapes and your own: SPLIT/*.jpg, or *.jpg with a share to
+    test on. The direction of translation is chosen when the dataset is read.
     """
 
     NEEDS_NAME = True
@@ -23,10 +23,10 @@ class PairedImages(ImageBuilder):
         """Makes a builder.
 
         Args:
-          test_fraction: share of pairs to test on, where there are no splits.
-          **kwargs: as any of these builders takes.
+          test_fraction: share of pairs to test on, if there are no split folders.
+          **kwargs: passed to `ImageBuilder`.
         """
-        self._fraction = _layout.check_fraction(test_fraction)
+        self._fraction = layout.check_fraction(test_fraction)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -38,22 +38,22 @@ class PairedImages(ImageBuilder):
         )
 
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        root = _layout.top_folder(source, contents=0)
-        splits = _layout.split_folders(source, root)
+        root = layout.top_folder(source, contents=0)
+        splits = layout.split_folders(source, root)
         items = {
             split: [
                 _pair(source, name)
                 for name in source.names
-                if name.startswith(prefix) and _layout.is_image(name)
+                if name.startswith(prefix) and layout.is_image(name)
             ]
             for split, prefix in (splits or {"train": root}).items()
         }
-        return _layout.divide(items, splits, self._fraction, lambda item: None)
+        return layout.divide(items, splits, self._fraction, lambda item: None)
 
 
 def _pair(source: Source, name: str) -> Item:
     def make() -> Example:
-        photo = check_photo(_layout.read(source, name), name)
+        photo = check_photo(layout.read(source, name), name)
         if photo.size[0] % 2:
             raise BadFileError(
                 name, f"{photo.size[0]} pixels wide; expected two halves of equal width"

@@ -14,8 +14,8 @@ import zipfile
 
 import pytest
 
-from train.data import _source
-from train.data._source import SourceError, open_source
+from train.data.preparation import archives
+from train.data.preparation.archives import SourceError, open_source
 from train.errors import UsageError
 from train.progress import silent
 
@@ -302,14 +302,14 @@ def test_an_archive_that_would_fill_the_disk_is_refused(
     path = tmp_path / "bomb.tar"
     path.write_bytes(compress(plain))
     assert opened(path)[0] == {"a.jpg": bytes(200_000)}  # small ones are no danger
-    monkeypatch.setattr(_source, "_MIN_UNPACKED_LIMIT", 50_000)
-    monkeypatch.setattr(_source, "_CHUNK", 10_000)
+    monkeypatch.setattr(archives, "_MIN_UNPACKED_LIMIT", 50_000)
+    monkeypatch.setattr(archives, "_CHUNK", 10_000)
     with pytest.raises(SourceError, match=r"bomb.tar is refused: .*than 100 times"):
         opened(path)
 
 
 def test_an_honest_archive_may_be_large(tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(_source, "_MIN_UNPACKED_LIMIT", 50_000)
+    monkeypatch.setattr(archives, "_MIN_UNPACKED_LIMIT", 50_000)
     noise = random.Random(0).randbytes(200_000)
     path = write_tar(tmp_path / "a.tar.gz", ("a.jpg", noise, {}), mode="w:gz")
     assert opened(path)[0] == {"a.jpg": noise}
@@ -317,10 +317,10 @@ def test_an_honest_archive_may_be_large(tmp_path, opened, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_larger_than_any_image_is_not_read(tree, opened, monkeypatch, kind):
-    monkeypatch.setattr(_source, "_MAX_FILE_BYTES", 1499)
+    monkeypatch.setattr(archives, "_MAX_FILE_BYTES", 1499)
     with pytest.raises(ValueError, match="1,500 bytes; expected at most 1,499"):
         opened(packed(tree, kind))
-    monkeypatch.setattr(_source, "_MAX_FILE_BYTES", 1500)
+    monkeypatch.setattr(archives, "_MAX_FILE_BYTES", 1500)
     assert opened(packed(tree, kind))[0] == FILES
 
 
@@ -402,7 +402,7 @@ def test_no_room_to_unpack_is_explained(tree, tmp_path, monkeypatch):
         def write(self, chunk):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_source.tempfile, "TemporaryFile", lambda **kwargs: Full())
+    monkeypatch.setattr(archives.tempfile, "TemporaryFile", lambda **kwargs: Full())
     with (
         pytest.raises(UsageError, match=r"cannot unpack .*No space left.*make room"),
         open_source(packed(tree, "gztar"), tmp_path, silent),

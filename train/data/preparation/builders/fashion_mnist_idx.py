@@ -5,15 +5,16 @@ import gzip
 import io
 import struct
 import zlib
+from typing import BinaryIO, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from train.data._builder import Example, ImageBuilder, Item
-from train.data._images import encode_png
-from train.data._source import Source, SourceError
-from train.data.builders import _layout
+from train.data.images import encode_png
+from train.data.preparation import layout
+from train.data.preparation.archives import Source, SourceError
+from train.data.preparation.builder import Example, ImageBuilder, Item
 
 _CLASSES = (
     "T-shirt/top",
@@ -66,20 +67,20 @@ def _items(source: Source, stem: str) -> list[Item]:
 
 
 def _read_idx(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of uint8 from an IDX file, gzipped or not."""
+    """Reads an array of uint8 from an IDX file, gzipped or not."""
     zipped = any(file.endswith(f"{name}.gz") for file in source.names)
     name += ".gz" * zipped
-    file = _layout.find_root(source, name) + name
+    file = layout.find_root(source, name) + name
     dimensions = 1 + len(shape)
     try:
-        stream = io.BytesIO(_layout.read(source, file))
+        stream: BinaryIO = io.BytesIO(layout.read(source, file))
         if zipped:
-            stream = gzip.GzipFile(fileobj=stream)
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
         header = stream.read(4 + 4 * dimensions)
         zeros, kind, rank = struct.unpack(">HBB", header[:4])
         count, *found = struct.unpack(f">{dimensions}I", header[4:])
         if (zeros, kind, rank, *found) != (0, 8, dimensions, *shape):
-            raise ValueError("its header is another's")
+            raise ValueError("it has another header")
         size = count * int(np.prod(shape))
         content = stream.read(size + 1)
         if len(content) != size:

@@ -1,4 +1,4 @@
-"""Images as files hold them: checked when a dataset is prepared, decoded when read."""
+"""Image files: checked when a dataset is prepared, and decoded when it is read."""
 
 import io
 import struct
@@ -7,12 +7,13 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 _MODES = {1: "L", 3: "RGB"}
-_PNG_DEPTH = 24  # place of the byte that has the bits per channel
+_PNG_DEPTH = 24  # index of the byte that holds the bits per channel
 _ORIENTATION = 0x0112
 # PIL's decoders raise these on damaged files.
 _DAMAGE = (
@@ -33,7 +34,7 @@ class BadFileError(ValueError):
     """A file that cannot become an example; the message says what was expected.
 
     Attributes:
-      file: its name in the source.
+      file: name of the file in the source.
     """
 
     def __init__(self, file: str, problem: object):
@@ -42,25 +43,25 @@ class BadFileError(ValueError):
 
 
 class Photo(NamedTuple):
-    """A checked image file: its content, and (width, height) in pixels."""
+    """The content of a checked image file, and its (width, height) in pixels."""
 
     data: bytes
     size: tuple[int, int]
 
 
 def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
-    """Checks an image file, whole, and returns it in a form every reader decodes alike.
+    """Checks an image file, and returns it in a form that every reader decodes alike.
 
-    A file that is upright and of the right colour mode is kept as it is; any other is
-    turned upright, converted and encoded anew as PNG, without loss.
+    A file that is upright and has the right colour mode is kept unchanged. Any other is
+    turned upright, converted and encoded as PNG, which loses nothing.
 
     Args:
-      data: the file's content, JPEG, PNG or WebP.
-      file: its name, for errors.
+      data: content of the file, JPEG, PNG or WebP.
+      file: name of the file, for errors.
       channels: 1 or 3.
 
     Raises:
-      BadFileError: if it is no such file, damaged, too large, or of 16 bits.
+      BadFileError: if it is no such file, or is damaged, too large or of 16 bits.
     """
     image = open_image(data, file, ("JPEG", "PNG", "WEBP"))
     if image.format == "PNG" and data[_PNG_DEPTH] > 8:
@@ -74,9 +75,9 @@ def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
         raise BadFileError(
             file, f"damaged EXIF data ({error}); expected none, or whole ones"
         ) from None
-    image.apply_transparency()  # of a palette, of which PIL warns else
-    image = image.convert(_MODES[channels])
-    return Photo(encode_png(image), image.size)
+    image.apply_transparency()  # PIL would warn of a palette with transparency
+    converted = image.convert(_MODES[channels])
+    return Photo(encode_png(converted), converted.size)
 
 
 def check_mask(
@@ -85,14 +86,15 @@ def check_mask(
     """Checks a label image, and returns it as a grey PNG whose values are the labels.
 
     Args:
-      data: the file's content, PNG with grey values or palette indices as labels.
-      file: its name, for errors.
-      labels: the values it may hold, those to be ignored included.
-      photo: what it labels.
-      photo_file: name of that, for errors.
+      data: content of the file, a PNG whose grey values or palette indices are labels.
+      file: name of the file, for errors.
+      labels: the values that it may hold, including those to be ignored.
+      photo: the photo to which the labels belong.
+      photo_file: name of the photo, for errors.
 
     Raises:
-      BadFileError: if it is no such file or damaged, or differs from size or labels.
+      BadFileError: if it is no such file, is damaged, has another size than the photo
+        or holds other values.
     """
     mask = open_image(data, file, ("PNG",))
     if mask.mode not in ("1", "L", "P"):
@@ -118,14 +120,14 @@ def check_mask(
 
 
 def open_image(data: bytes, file: str, formats: tuple[str, ...]) -> Image.Image:
-    """Opens and reads an image, whole.
+    """Opens an image and reads all of it.
 
     Raises:
-      BadFileError: if it is of another format, damaged, or a decompression bomb.
+      BadFileError: if it has another format, is damaged or is a decompression bomb.
     """
     expected = f"expected {', '.join(formats)}"
     try:
-        # Filters of warnings are the process's own, not the thread's.
+        # All threads of a process share its warning filters.
         with _open_lock, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=formats)
@@ -142,22 +144,28 @@ def open_image(data: bytes, file: str, formats: tuple[str, ...]) -> Image.Image:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """A PNG file's content."""
+    """Returns the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
-    """An image as uint8 (height, width, channels)."""
-    image = Image.open(io.BytesIO(data))
-    if image.mode != _MODES[channels]:  # of a dataset that was prepared elsewhere
+def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channels"]:
+    """Decodes an image as uint8 (height, width, channels)."""
+    image: Image.Image = Image.open(io.BytesIO(data))
+    if image.mode != _MODES[channels]:  # the dataset was prepared elsewhere
         image = image.convert(_MODES[channels])
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Returns (height, width) of an image, which is not decoded for it."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
+
+
 def _ranges(values: set[int]) -> str:
-    """Numbers in short: {0, 1, 2, 255} is "0-2, 255"."""
+    """Writes numbers as ranges: {0, 1, 2, 255} is "0-2, 255"."""
     starts = sorted(v for v in values if v - 1 not in values)
     ends = sorted(v for v in values if v + 1 not in values)
     pairs = zip(starts, ends, strict=True)

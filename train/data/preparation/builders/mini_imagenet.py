@@ -1,4 +1,4 @@
-"""Mini-ImageNet: a folder of images, and lists of splits."""
+"""Mini-ImageNet from a folder of images and lists of splits."""
 
 import csv
 from collections import defaultdict
@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder, Item
-from train.data._source import Source, SourceError
-from train.data.builders import _layout
+from train.data.preparation import layout
+from train.data.preparation.archives import Source, SourceError
+from train.data.preparation.builder import ImageBuilder, Item
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
@@ -17,8 +17,8 @@ class MiniImagenet(ImageBuilder):
     """Mini-ImageNet: a folder of images with train.csv, val.csv and test.csv.
 
     The lists have the columns filename and label. In the lists of Ravi and Larochelle
-    no class is in two splits, as few-shot learning wants it; to train a classifier,
-    give lists that divide the images of every class.
+    no class is in two splits, as few-shot learning requires. To train a classifier, use
+    lists that divide the images of every class.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -33,7 +33,7 @@ class MiniImagenet(ImageBuilder):
         )
 
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        root = _layout.find_root(source, "train.csv")
+        root = layout.find_root(source, "train.csv")
         rows = {
             split: _read_csv(source, f"{root}{file}.csv")
             for split, file in _SPLITS.items()
@@ -52,12 +52,12 @@ class MiniImagenet(ImageBuilder):
                 if others:
                     self._bad(file, f"there are {name} and {', '.join(others)}")
                 else:
-                    items[split].append(_layout.labelled(source, name, labels[label]))
+                    items[split].append(layout.labelled(source, name, labels[label]))
         return items
 
 
 def _read_csv(source: Source, name: str) -> list[tuple[str, str]]:
-    reader = csv.DictReader(_layout.read_lines(source, name))
+    reader = csv.DictReader(layout.read_lines(source, name))
     if not {"filename", "label"} <= set(reader.fieldnames or ()):
         raise SourceError(
             f"{source.path}: {name} has the columns {reader.fieldnames}; expected "

@@ -1,12 +1,12 @@
-"""Folder layouts that several builders share."""
+"""Helpers for folder layouts that several builders share."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from train.data._builder import Example, Item, shuffled
-from train.data._images import IMAGE_SUFFIXES, BadFileError, check_mask, check_photo
-from train.data._source import Source, SourceError
+from train.data.images import IMAGE_SUFFIXES, BadFileError, check_mask, check_photo
+from train.data.preparation.archives import Source, SourceError
+from train.data.preparation.builder import Example, Item, shuffled
 from train.errors import UsageError
 
 _SPLITS = {
@@ -21,21 +21,21 @@ _SPLITS = {
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """Returns whether a file has the name of an image."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def subfolders(source: Source, prefix: str) -> list[str]:
-    """Names of the folders right below a prefix, which is "" or ends in a slash."""
+    """Names the folders directly below a prefix, which is "" or ends in a slash."""
     rests = (f.removeprefix(prefix) for f in source.folders if f.startswith(prefix))
     return sorted(rest for rest in rests if "/" not in rest)
 
 
 def find_root(source: Source, marker: str) -> str:
-    """The prefix of what only the right archive has, a file or a folder.
+    """Returns the prefix of a file or folder that only the right archive has.
 
     Raises:
-      SourceError: if it is not there.
+      SourceError: if there is no such file or folder.
     """
     for name in (*source.names, *sorted(source.folders)):
         if name == marker or name.endswith(f"/{marker}"):
@@ -49,11 +49,11 @@ def find_root(source: Source, marker: str) -> str:
 
 
 def top_folder(source: Source, contents: int) -> str:
-    """The prefix of the folders in which an archive holds all else.
+    """Returns the prefix of the outer folders that contain everything else.
 
     Args:
       source: the files.
-      contents: how many folders deep images must lie below it.
+      contents: number of folders that must remain between the prefix and the images.
     """
     prefix = ""
     while True:
@@ -70,7 +70,7 @@ def top_folder(source: Source, contents: int) -> str:
 
 
 def split_folders(source: Source, prefix: str) -> dict[str, str]:
-    """Prefixes of the folders of splits, by the splits' names; {} if there are none.
+    """Returns the prefix of each split's folder; {} if there are no such folders.
 
     Raises:
       SourceError: if there are some, but none to train on, or two of the same split.
@@ -96,7 +96,7 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
 
 
 def check_fraction(fraction: float | None) -> float | None:
-    """Checks the share of examples to set apart."""
+    """Checks and returns the share of examples to test on."""
     if fraction is not None and not 0 < fraction < 1:
         raise UsageError(f"test fraction must lie between 0 and 1, got {fraction}")
     return fraction
@@ -108,28 +108,28 @@ def divide(
     fraction: float | None,
     group: Callable[[Item], object],
 ) -> dict[str, list[Item]]:
-    """Sets a share of every group apart for testing, where folders do not.
+    """Moves a share of every group to a test split, if there are no split folders.
 
     Args:
-      items: of each split; all of "train" if there are no folders.
-      folders: of the splits.
-      fraction: the share, of items in the order of their keys' hashes.
-      group: what an item belongs to.
+      items: the items of each split; all are in "train" if there are no folders.
+      folders: the folders of the splits.
+      fraction: the share; items are taken in the order of the hashes of their keys.
+      group: returns the group of an item.
 
     Raises:
-      SourceError: if there is neither a folder nor a share, or both.
+      SourceError: if there are neither folders nor a share, or both.
     """
     if folders and fraction is not None:
         raise SourceError(
             f"there are folders of splits ({', '.join(folders.values())}): leave out "
-            "--test-fraction, or merge them"
+            "test_fraction, or merge them"
         )
     if folders:
         return items
     if fraction is None:
         raise SourceError(
             "there are no folders of splits (train/, test/): declare the share of "
-            "examples to test on, such as --test-fraction 0.2"
+            "examples to test on, such as test_fraction 0.2"
         )
     groups = defaultdict(list)
     for item in shuffled(items["train"]):
@@ -145,13 +145,13 @@ def divide(
 def match(
     source: Source, photos: str, masks: str, bad: Callable[[str, str], None]
 ) -> list[tuple[str, str]]:
-    """Photos of one folder with the label images of the same names of another.
+    """Pairs the photos of one folder with the label images of another, by name.
 
     Args:
       source: the files.
       photos: prefix of the photos.
       masks: prefix of the label images.
-      bad: told of files without their counterpart.
+      bad: called with each file that has no counterpart, and the problem.
     """
     by_stem: dict[str, dict[PurePosixPath, str]] = {photos: {}, masks: {}}
     for prefix, found in by_stem.items():
@@ -171,7 +171,7 @@ def match(
 
 
 def labelled(source: Source, name: str, label: int) -> Item:
-    """A colour image with the number of its class."""
+    """Returns a colour image with the number of its class."""
 
     def make() -> Example:
         return {"image": check_photo(read(source, name), name).data, "label": label}
@@ -182,7 +182,7 @@ def labelled(source: Source, name: str, label: int) -> Item:
 def segmented(
     source: Source, photo_file: str, mask_file: str, labels: set[int]
 ) -> Item:
-    """A photo with its label image, whose values are to be among `labels`."""
+    """Returns a photo with its label image, which may have the values in `labels`."""
 
     def make() -> Example:
         photo = check_photo(read(source, photo_file), photo_file)
@@ -193,7 +193,11 @@ def segmented(
 
 
 def read(source: Source, name: str) -> bytes:
-    """The content of a file; what is wrong with it is a BadFileError."""
+    """Returns the content of a file.
+
+    Raises:
+      BadFileError: if it is missing or damaged.
+    """
     if name not in source:
         raise BadFileError(name, "listed, but not there")
     try:
@@ -203,7 +207,7 @@ def read(source: Source, name: str) -> bytes:
 
 
 def read_lines(source: Source, name: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Returns the lines of a text file that are not empty."""
     try:
         lines = read(source, name).decode("utf-8-sig").splitlines()
     except BadFileError as error:

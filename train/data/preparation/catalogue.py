@@ -1,4 +1,4 @@
-"""Datasets by name: where they lie, and how they are prepared."""
+"""Finds datasets by name, and prepares them."""
 
 import importlib.util
 import inspect
@@ -13,8 +13,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from train.data._builder import ImageBuilder
-from train.data.builders import BUILDERS
+from train.data.preparation.builder import ImageBuilder
+from train.data.preparation.builders import BUILDERS
 from train.errors import UsageError
 from train.progress import Progress, silent
 
@@ -23,15 +23,15 @@ _NAME = re.compile(r"(?P<builder>\w+)(/(?P<config>\w[\w.+-]*))?")
 
 
 def default_data_dir() -> Path:
-    """Where datasets lie unless told otherwise: that of TFDS."""
+    """Returns the default folder of prepared datasets, which is that of TFDS."""
     return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
 
 
 def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
-    """The folder of a prepared dataset's highest version, or None.
+    """Returns the folder of the highest version of a dataset; None if not prepared.
 
     Raises:
-      UsageError: if the name is not that of a dataset.
+      UsageError: if there is no dataset of this name.
     """
     _parse(name)
     found = _folders(data_dir or default_data_dir(), name)
@@ -39,7 +39,7 @@ def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
 
 
 def _folders(root: Path, names: str) -> list[Path]:
-    """Folders of datasets, none that is not yet complete or was put aside."""
+    """Finds folders of datasets, without those that are incomplete or put aside."""
     infos = root.glob(f"{names}/*/dataset_info.json")
     return [i.parent for i in infos if _VERSION.fullmatch(i.parent.name)]
 
@@ -49,17 +49,17 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def prepared(data_dir: Path | None = None) -> list[str]:
-    """Names of all prepared datasets."""
+    """Returns the names of all prepared datasets."""
     root = data_dir or default_data_dir()
     found = (*_folders(root, "*"), *_folders(root, "*/*"))
     return sorted({folder.parent.relative_to(root).as_posix() for folder in found})
 
 
 def _parse(name: str) -> tuple[str, str | None]:
-    """Builder and config of a name.
+    """Splits a name into builder and config.
 
     Raises:
-      UsageError: if there can be no such dataset; the message lists those there are.
+      UsageError: if there can be no such dataset; the message lists those that exist.
     """
     match = _NAME.fullmatch(name)
     builder, config = (match["builder"], match["config"]) if match else (name, None)
@@ -81,7 +81,8 @@ def _parse(name: str) -> tuple[str, str | None]:
 
 
 def _of_tfds() -> list[str]:
-    return tfds.list_builders(with_community_datasets=False)  # those need the network
+    # Listing community datasets would need the network.
+    return list(tfds.list_builders(with_community_datasets=False))
 
 
 def _shown(name: str) -> str:
@@ -96,21 +97,21 @@ def prepare(
     progress: Progress = silent,
     **options: Any,
 ) -> ImageBuilder | None:
-    """Prepares a dataset from files, or by TFDS if it is of the catalogue.
+    """Prepares a dataset from files, or with TFDS if it is from the TFDS catalogue.
 
     Args:
-      name: of the dataset.
+      name: name of the dataset.
       source: folder or archive to read; for the catalogue, the folder of files that
-        are to be downloaded by hand.
-      data_dir: where prepared datasets lie.
-      progress: shows how far it is.
-      **options: of the builder.
+        have to be downloaded by hand.
+      data_dir: folder of prepared datasets.
+      progress: shows how far preparing is.
+      **options: passed to the builder.
 
     Returns:
       The builder, or None for a dataset of the catalogue.
 
     Raises:
-      UsageError: if it cannot be prepared.
+      UsageError: if the dataset cannot be prepared.
     """
     builder_name, config = _parse(name)
     data_dir = data_dir or default_data_dir()
@@ -123,7 +124,7 @@ def prepare(
     if own.NEEDS_SOURCE and source is None:
         raise UsageError(f"{name} needs its files: {_how_to_prepare(name)}")
     if source is not None and not own.NEEDS_SOURCE:
-        raise UsageError(f"{name} is made from what is installed: leave out --source")
+        raise UsageError(f"{name} is made from what is installed: leave out the source")
     taken = {
         option
         for kind in (own, ImageBuilder)
@@ -145,7 +146,7 @@ def prepare(
 def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
     if not _has_tensorflow():
         raise UsageError(
-            f"{name} is of the TFDS catalogue: {_how_to_prepare(name)} ({data_dir})"
+            f"{name} is from the TFDS catalogue: {_how_to_prepare(name)} ({data_dir})"
         )
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=source)
@@ -155,7 +156,7 @@ def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
         if not by_hand and not there:
             _reach(builder.url_infos or {})
         builder.download_and_prepare(download_config=config)
-    except AssertionError as error:  # how TFDS asks for files downloaded by hand
+    except AssertionError as error:  # TFDS asks for files downloaded by hand
         raise UsageError(f"{error}\nThen: {command(name)} --source FOLDER") from error
     except (OSError, tfds.download.DownloadError) as error:
         raise UsageError(
@@ -165,9 +166,9 @@ def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
 
 
 def _reach(urls: Iterable[str]) -> None:
-    """Fails at once where TFDS would try again and again, for minutes."""
+    """Fails at once where TFDS would retry for minutes."""
     if urllib.request.getproxies():
-        return  # names are the proxy's to look up
+        return  # the proxy looks names up
     for host in {urllib.parse.urlsplit(url).hostname for url in urls}:
         socket.getaddrinfo(host, None)
 
@@ -179,10 +180,11 @@ def _has_tensorflow() -> bool:
 def find_or_prepare(
     name: str, data_dir: Path | None = None, progress: Progress = silent
 ) -> Path:
-    """The folder of a dataset, prepared now if that needs no source.
+    """Returns the folder of a dataset, which is prepared now if that needs no source.
 
     Raises:
-      UsageError: if it is not known or not prepared; the message says how to.
+      UsageError: if the dataset is not known or not prepared; the message says how to
+        prepare it.
     """
     folder = folder_of(name, data_dir)
     if folder is not None:
@@ -194,11 +196,13 @@ def find_or_prepare(
             f"{_how_to_prepare(name)}"
         )
     prepare(name, data_dir=data_dir, progress=progress)
-    return folder_of(name, data_dir)
+    prepared_now = folder_of(name, data_dir)
+    assert prepared_now is not None
+    return prepared_now
 
 
 def command(name: str) -> str:
-    """What to type to prepare a dataset."""
+    """Returns the command that prepares a dataset."""
     return f"python -m train.data prepare {name}"
 
 
@@ -206,7 +210,7 @@ def _how_to_prepare(name: str) -> str:
     if _parse(name)[0] in BUILDERS:
         return f"{command(name)} --source PATH, a folder or archive with its files"
     return (
-        f"pip install --group prepare for TensorFlow, which only this takes, and then "
+        f"pip install --group prepare for TensorFlow, which only this needs, and then "
         f"{command(name)}; without network, prepare it on another machine and copy it "
         "here"
     )
