@@ -19,19 +19,18 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from train.loop import NonFiniteLossError, fit
 
 from benchmarks.figures import save_learning_curves
-from train.intervals import paired_interval
 from train import data
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.loop import NonFiniteLossError, fit
+from train.intervals import Interval, paired_interval
 from train.optim.optimizer import OptimizerConfig
+from train.output.run_folder import RunFolder, environment, open_run_folder
 from train.program import Program
 from train.progress import Reporter, make_console, shown_on
 from train.run import build
-from train.output.run_folder import RunFolder, environment, open_run_folder
-from train.intervals import Interval
 from train.step import Record
 from train.tasks import classification
 from train.tasks.classification import ClassificationConfig, ModelName

@@ -24,17 +24,23 @@ import optax
 from flax import nnx
 from rich import box
 from rich.table import Table
+from train.data._images import decode
 
 from benchmarks.timing import Ratio, interleave, ratio
+from optax_tricks.nnx import split
 from train import data
 from train.data import augment
-from train.data._images import decode
 from train.data.augment import Augmentation
-from train.data.loaders import Input, InMemoryLoader, Shuffled, GrainLoader, default_workers
+from train.data.loaders import (
+    GrainLoader,
+    InMemoryLoader,
+    Input,
+    Shuffled,
+    default_workers,
+)
 from train.errors import UsageError
-from optax_tricks.nnx import split
-from train.progress import make_console, shown_on
 from train.output.run_folder import environment, open_run_folder
+from train.progress import make_console, shown_on
 from train.step import Metrics, Models, Network, make_train_step, new_state
 from train.tasks.classification import Classification, ClassificationConfig
 

@@ -22,23 +22,23 @@ from typing import Any
 import jax
 from rich import box
 from rich.table import Table
+from train.loop import fit, groups_of
 
 from benchmarks.timing import Ratio, interleave, ratio
-from train.output.checkpoints import Checkpoints
 from train.data import Dataset, open_prepared
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.output.tensorboard import Events
-from train.loop import fit, groups_of
 from train.optim.optimizer import OptimizerConfig
+from train.optim.techniques import TECHNIQUES
+from train.output.checkpoints import Checkpoints
+from train.output.run_folder import RunFolder, environment, open_run_folder
+from train.output.tensorboard import Events
 from train.program import Program
 from train.progress import make_console, shown_on
 from train.run import _Run, layout_of
-from train.output.run_folder import RunFolder, environment, open_run_folder
 from train.step import TrainState
 from train.tasks import classification
 from train.tasks.classification import ClassificationConfig
-from train.optim.techniques import TECHNIQUES
 
 Call = Callable[[], Any]
 

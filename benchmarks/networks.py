@@ -23,10 +23,10 @@ from rich.table import Table
 
 import models
 from benchmarks.timing import interleave
-from train.errors import UsageError
 from optax_tricks.nnx import batch_gradients, split
-from train.progress import make_console, shown_on
+from train.errors import UsageError
 from train.output.run_folder import environment, open_run_folder
+from train.progress import make_console, shown_on
 
 Tree = Any
 Row = dict[str, Any]

@@ -23,10 +23,10 @@ from rich.table import Table
 import models
 import optax_tricks
 from benchmarks.timing import Ratio, interleave, ratio
-from train.errors import UsageError
 from optax_tricks.nnx import batch_gradients, split
-from train.progress import make_console
+from train.errors import UsageError
 from train.output.run_folder import RunFolder, environment, open_run_folder
+from train.progress import make_console
 
 Tree = Any
 Transform = optax.GradientTransformationExtraArgs

@@ -112,7 +112,9 @@ def show(root: Path, name: str, arguments: tuple[str, ...]) -> None:
         del record["seconds"]
     records.sort(key=lambda record: (record["seed"], record["epoch"]))
     weights = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
-    losses = [v for k, v in records[-1].items() if k.startswith("train_") and "loss" in k]
+    losses = [
+        v for k, v in records[-1].items() if k.startswith("train_") and "loss" in k
+    ]
     print(
         f"{name}: weights {digest(*weights)} metrics "
         f"{digest(json.dumps(records, sort_keys=True).encode())} "

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure  # not pyplot, which would need a display
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from train.data.contact_sheet import default_colors
+from train.contact_sheet import default_colors
 
 Columns: TypeAlias = Sequence[tuple[str, Sequence[np.ndarray]]]
 """Pairs of a title and images, uint8 (height, width, 1 or 3); all equally many."""

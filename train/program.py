@@ -204,7 +204,9 @@ class Program:
         """Returns the order of the training examples."""
         data = jax.random.key_data(_split_key(seed).order)
         return RandomSampler(
-            tuple(data.tolist()), self._train_loader.num_examples, self.config.batch_size
+            tuple(data.tolist()),
+            self._train_loader.num_examples,
+            self.config.batch_size,
         )
 
     def _abstract_state(

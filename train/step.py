@@ -232,9 +232,7 @@ def empty_log(metrics: StepMetrics) -> EpochLog:
     return EpochLog(averaged, averaged | latest, jnp.int32(0), jnp.int32(-1))
 
 
-def add_to_log(
-    log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]
-) -> EpochLog:
+def add_to_log(log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]) -> EpochLog:
     """Returns the log with the metrics of one more step."""
     is_first_bad = (log.bad_step < 0) & ~metrics.is_finite
     return EpochLog(

@@ -35,7 +35,9 @@ def rows(folder):
 @pytest.fixture
 def quick(monkeypatch):
     """Three methods instead of all, since each takes seconds to compile."""
-    few = [m for m in METHODS if m.name in ("sgd", "sgd, 2x epochs", "perturbed_unit_step")]
+    few = [
+        m for m in METHODS if m.name in ("sgd", "sgd, 2x epochs", "perturbed_unit_step")
+    ]
     monkeypatch.setattr(compare, "METHODS", few)
 
 

@@ -96,8 +96,9 @@ def make_data(n, seed=0):
     return {"x": x, "y": x @ np.float32([2.0, -1.0])}
 
 
-def make_program(task=None, *, num_train=30, num_test=10, mesh=ONE_DEVICE, config=None,
-                 **optimizer):
+def make_program(
+    task=None, *, num_train=30, num_test=10, mesh=ONE_DEVICE, config=None, **optimizer
+):
     """Compiles a task, with settings of the run and of its optimizer."""
     task = task or Regression()
     task.optimizer = OptimizerConfig(**{"weight_decay": 0.0} | optimizer)

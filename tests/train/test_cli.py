@@ -111,7 +111,13 @@ def test_help_and_list_of_tricks(monkeypatch, capsys):
         run(monkeypatch, "classification", "--help")
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--dataset", "--model", "--techniques", "--run-dir", "--learning-rate"):
+    for flag in (
+        "--dataset",
+        "--model",
+        "--techniques",
+        "--run-dir",
+        "--learning-rate",
+    ):
         assert flag in text
     run(monkeypatch, "tricks")
     assert "perturbed_unit_step" in capsys.readouterr().out
@@ -138,7 +144,16 @@ def test_a_stream_trains_to_the_same_numbers(monkeypatch, tmp_path):
     losses = []
     for way in ("memory", "grain"):
         folder = tmp_path / way
-        arguments = ("--epochs", 1, "--loader", way, "--num-workers", 0, "--batch-size", 64)
+        arguments = (
+            "--epochs",
+            1,
+            "--loader",
+            way,
+            "--num-workers",
+            0,
+            "--batch-size",
+            64,
+        )
         arguments += ("--augment", "pad_crop,mirror,color_jitter,cutout")
         run(monkeypatch, "classification", *arguments, "--run-dir", folder)
         losses.append(json.loads((folder / "summary.json").read_text())["train_loss"])

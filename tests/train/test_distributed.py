@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-
 from tests.train.test_loop import program, run, without_seconds
+
 from train.output.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from train.intervals import paired_interval
 from benchmarks.timing import interleave, ratio
-from train.intervals import Interval
+from train.intervals import Interval, paired_interval
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])

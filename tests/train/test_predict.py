@@ -152,7 +152,13 @@ def test_each_network_is_exported(runs, monkeypatch):
 def test_runs_are_laid_side_by_side(runs, tmp_path, monkeypatch):
     for task in ("segmentation", "translation"):
         path = tmp_path / f"{task}.png"
-        arguments = (runs / task, runs / task, "--labels", "original", "scale_by_random")
+        arguments = (
+            runs / task,
+            runs / task,
+            "--labels",
+            "original",
+            "scale_by_random",
+        )
         run(
             *(monkeypatch, "samples", *arguments),
             *("--count", 2, "--output", path),

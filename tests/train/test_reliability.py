@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[2]
 KILLS = 10
 EPOCHS = 4
 COMMON = (
-    *("classification", "--techniques", "perturbed_unit,random", "--augment", "pad_crop"),
+    *(
+        "classification",
+        "--techniques",
+        "perturbed_unit,random",
+        "--augment",
+        "pad_crop",
+    ),
     *("--checkpoint-minutes", "0", "--log-every", "3", "--ema", "0.9"),
 )
 

@@ -140,7 +140,9 @@ def test_evaluation_counts_every_example_once(num_test):
     _, _, state = train(program)
     data = make_data(num_test, seed=1)
     model = state.params["model"]
-    predicted = data["x"] @ np.asarray(model["kernel"])[:, 0] + np.asarray(model["bias"])
+    predicted = data["x"] @ np.asarray(model["kernel"])[:, 0] + np.asarray(
+        model["bias"]
+    )
     expected = np.square(predicted - data["y"]).mean()
     for _ in range(3):
         assert error_of(program, state) == pytest.approx(expected, rel=1e-4)
@@ -194,7 +196,10 @@ def test_parameters_that_are_not_finite_stop_the_run_though_the_loss_is():
 
 @pytest.mark.parametrize(
     ("batch_size", "message"),
-    [(0, "batch_size must be .* 1, got 0"), (31, "from 1 to 30, the number of training")],
+    [
+        (0, "batch_size must be .* 1, got 0"),
+        (31, "from 1 to 30, the number of training"),
+    ],
 )
 def test_a_batch_that_does_not_fit_is_refused(batch_size, message):
     with pytest.raises(UsageError, match=message):

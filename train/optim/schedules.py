@@ -62,7 +62,11 @@ def make_schedule(
     steps = total_steps - warmup_steps
     at = [epoch * steps_per_epoch - warmup_steps for epoch in milestones]
     main = _main_schedule(
-        name, peak, steps, dict.fromkeys(at, decay_factor), half_period * steps_per_epoch
+        name,
+        peak,
+        steps,
+        dict.fromkeys(at, decay_factor),
+        half_period * steps_per_epoch,
     )
     if not warmup_steps:
         return main

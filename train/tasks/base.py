@@ -158,9 +158,10 @@ def check_images(task: Task, dataset: Dataset) -> None:
     Raises:
       UsageError: if a network cannot take images of this shape.
     """
+    reader = task.config.data.training_split(dataset).reader
     batch = {
         name: jax.ShapeDtypeStruct((1, *shape), dtype)
-        for name, (shape, dtype) in dataset.split("train").reader.spec.items()
+        for name, (shape, dtype) in reader.spec.items()
     }
 
     def losses(batch: Batch) -> list[jax.Array]:

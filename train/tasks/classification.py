@@ -202,7 +202,9 @@ class Classification:
             for name, shares in zip(names, predictions, strict=True):
                 best = self.class_names[shares.argmax()]
                 writer.writerow([name, best, *(f"{share:.6f}" for share in shares)])
-        titles = [shares_in_words(shares, self.class_names, 1) for shares in predictions]
+        titles = [
+            shares_in_words(shares, self.class_names, 1) for shares in predictions
+        ]
         plots.save_titled(folder / "predictions.png", photos, titles)
         return [shares_in_words(shares, self.class_names) for shares in predictions]
 

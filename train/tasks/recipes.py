@@ -76,7 +76,10 @@ def rg_cifar10_resnet34() -> ClassificationConfig:
         epochs=100,
         batch_size=128,
         optimizer=OptimizerConfig(
-            momentum=0.5, weight_decay=1e-4, schedule="poly", techniques=("scale_by_random",)
+            momentum=0.5,
+            weight_decay=1e-4,
+            schedule="poly",
+            techniques=("scale_by_random",),
         ),
     )
 
@@ -257,12 +260,16 @@ def pugd_cifar10_vit() -> ClassificationConfig:
     published; we chose 10 and 0.01. Not measured yet.
     """
     return ClassificationConfig(
-        data=DataConfig(dataset="cifar10", image_size=(224, 224), augment=("random_flip",)),
+        data=DataConfig(
+            dataset="cifar10", image_size=(224, 224), augment=("random_flip",)
+        ),
         model="vit_b_16",
         epochs=10,
         batch_size=100,
         precision="bfloat16",
-        optimizer=OptimizerConfig(learning_rate=0.01, techniques=("perturbed_unit_step",)),
+        optimizer=OptimizerConfig(
+            learning_rate=0.01, techniques=("perturbed_unit_step",)
+        ),
     )
 
 

@@ -243,9 +243,7 @@ class Segmentation:
         predictions: np.ndarray,
     ) -> None:
         """Draws `samples.png`, photo, truth and prediction, and `iou.png`."""
-        self.save_comparison(
-            folder / "samples.png", batch, {"prediction": predictions}
-        )
+        self.save_comparison(folder / "samples.png", batch, {"prediction": predictions})
         iou = intersection_over_union(sums["confusion"])
         plots.save_bars(
             dict(zip(self.class_names, iou.tolist(), strict=True)),

@@ -172,7 +172,10 @@ def test_every_trick_goes_with_every_optimizer(trick, optimizer):
 
 @pytest.mark.parametrize(
     ("trick", "optimizer"),
-    [*((trick, "sgd") for trick in TECHNIQUES), *(("sam", name) for name in OPTIMIZERS)],
+    [
+        *((trick, "sgd") for trick in TECHNIQUES),
+        *(("sam", name) for name in OPTIMIZERS),
+    ],
 )
 def test_zero_gradients_leave_the_parameters(trick, optimizer):
     chosen = config(trick, optimizer=optimizer, clip_norm=10.0, weight_decay=0.0)
@@ -305,15 +308,20 @@ def test_sam_is_that_of_its_paper(x64):
 def test_clip_acts_behind_the_trick_that_replaces_the_gradient():
     norms = {}
     for tricks in [(), ("sam",)]:
-        chosen = config(
-            *tricks, clip_norm=0.5, rho=1.0, momentum=0.0, weight_decay=0.0
-        )
+        chosen = config(*tricks, clip_norm=0.5, rho=1.0, momentum=0.0, weight_decay=0.0)
         tx = build(chosen)
         updates, _ = tx.update(grad_fn(HEAD, 0), tx.init(HEAD), HEAD, grad_fn=grad_fn)
         norms[tricks] = optax.tree.norm(updates) / 0.01
     np.testing.assert_allclose(list(norms.values()), 0.5, rtol=1e-5)
-    assert config("sam", "scale_by_random", clip_norm=1.0).chain[:3] == ("sam", "clip", "scale_by_random")
-    assert config("scale_by_random", clip_norm=1.0).chain[:2] == ("clip", "scale_by_random")
+    assert config("sam", "scale_by_random", clip_norm=1.0).chain[:3] == (
+        "sam",
+        "clip",
+        "scale_by_random",
+    )
+    assert config("scale_by_random", clip_norm=1.0).chain[:2] == (
+        "clip",
+        "scale_by_random",
+    )
 
 
 @pytest.mark.parametrize("tricks", [(), ("barzilai_borwein_step",)])
@@ -431,7 +439,10 @@ def test_a_warm_up_longer_than_the_run_is_refused():
     ("changes", "message"),
     [
         ({"tricks": ("rndom",)}, "unknown trick 'rndom'; known: random"),
-        ({"tricks": ("scale_by_random", "scale_by_random")}, "named twice: random,random"),
+        (
+            {"tricks": ("scale_by_random", "scale_by_random")},
+            "named twice: random,random",
+        ),
         ({"tricks": ("barzilai_borwein_step", "perturbed_unit_step")}, "take one"),
         ({"tricks": ("sam", "perturbed_unit_step")}, "take one"),
         (
@@ -481,7 +492,9 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_command_line():
-    given = "--optimizer adamw --techniques random,optimizer,centralize --milestones 60 120"
+    given = (
+        "--optimizer adamw --techniques random,optimizer,centralize --milestones 60 120"
+    )
     got = tyro.cli(OptimizerConfig, args=given.split())
     assert got == OptimizerConfig(
         optimizer="adamw",

@@ -19,7 +19,10 @@ def test_a_new_folder_is_named_by_time(tmp_path, monkeypatch):
         assert first.path.parent.name == "runs"
         assert first.path.name.startswith("run-")
     content = json.loads((first.path / "config.json").read_text())
-    assert content["config"]["optimizer"] == {"tricks": ["scale_by_random"], "momentum": 0.9}
+    assert content["config"]["optimizer"] == {
+        "tricks": ["scale_by_random"],
+        "momentum": 0.9,
+    }
     assert {"jax", "device", "commit"} <= content["environment"].keys()
 
 

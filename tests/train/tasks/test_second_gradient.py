@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train.data._dataset import Field, Reader, Split
 
 from tests.shared import one_device_mesh
 from train.data import Dataset
-from train.data._dataset import Field, Reader, Split
 from train.data.loaders import InMemoryLoader
 from train.optim.optimizer import OptimizerConfig
 from train.program import Program

@@ -177,7 +177,9 @@ def test_dropout_at_test_makes_images_differ():
 
 
 def test_tricks_are_the_generators_unless_both_are_to_have_them():
-    tricks = OptimizerConfig(optimizer="adam", weight_decay=0.0, techniques=("scale_by_random",))
+    tricks = OptimizerConfig(
+        optimizer="adam", weight_decay=0.0, techniques=("scale_by_random",)
+    )
     task = make_task(optimizer=tricks)
     assert task.optimizer_config("generator") is tricks
     found = task.optimizer_config("discriminator")
