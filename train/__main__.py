@@ -156,14 +156,17 @@ def _compare(
 def _make_app(arguments: list[str]) -> SubcommandApp:
     app = SubcommandApp()
     recipe = _chosen_recipe(arguments)
-    for name, task in TASKS.items():
-        app.command(_command(task.config_type, recipe), name=name)
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    app.command(positional(_predict), name="predict")
-    app.command(positional(_compare), name="compare")
-    app.command(positional(_export), name="export")
-    app.command(_recipes, name="recipes")
-    app.command(_techniques, name="techniques")
+    commands: dict[str, Callable[..., None]] = {
+        **{name: _command(task.config_type, recipe) for name, task in TASKS.items()},
+        "predict": positional(_predict),
+        "compare": positional(_compare),
+        "export": positional(_export),
+        "recipes": _recipes,
+        "techniques": _techniques,
+    }
+    for name, command in commands.items():
+        app.command(name=name)(command)
     return app
 
 

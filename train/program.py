@@ -8,7 +8,7 @@ host and device.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -154,14 +154,13 @@ class Program:
         """Returns the state with an empty log, for a new epoch."""
         return state._replace(log=self._empty_log())
 
-    def feeds(self, seed: int, first_step: int = 0) -> Iterator[Any]:
+    def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
         """Yields what each step takes, without end, from a step on."""
         return self._train_loader.feeds(self._sampler(seed), first_step)
 
     def evaluate(self, state: TrainState) -> Sums:
         """Returns the sums of the task over the evaluation split, as NumPy arrays."""
-        sums = self._evaluate(eval_params(state))
-        return jax.device_get(sums)  # type: ignore[no-any-return]
+        return jax.device_get(self._evaluate(eval_params(state)))
 
     def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
         """Returns what the task predicts for stored images (batch, ...)."""
@@ -232,7 +231,7 @@ class Program:
         shardings = shardings._replace(
             step=whole, log=jax.tree.map(lambda _: whole, state.log)
         )
-        return jax.tree.map(  # type: ignore[no-any-return]
+        return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
             shardings,
@@ -243,7 +242,7 @@ class Program:
         log: EpochLog = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return log._replace(bad_step=log.bad_step - 1)
 
-    def _batch(self, loader: Loader, feed: Any, step: jax.Array) -> Any:
+    def _batch(self, loader: Loader, feed: Any, step: int | jax.Array) -> Any:
         """Makes a batch, of which each device computes its part."""
         sharding = NamedSharding(self.mesh, P("data"))
         return jax.lax.with_sharding_constraint(loader.batch(feed, step), sharding)
@@ -256,7 +255,7 @@ class Program:
         # Each evaluation goes on where the last one ended, at the first example again.
         feeds = zip(itertools.count(), loader.feeds(sampler))
 
-        def evaluate_batch(params: Tree, feed: Any, step: jax.Array) -> Sums:
+        def evaluate_batch(params: Tree, feed: Any, step: int | jax.Array) -> Sums:
             batch = self._batch(loader, feed, step)
             networks = self._networks(params)
             return self.task.evaluate(networks, batch, sampler.weights(step))
@@ -266,10 +265,10 @@ class Program:
         add = jax.jit(optax.tree.add, donate_argnums=0, out_shardings=everywhere)
 
         def evaluate(params: Tree) -> Sums:
-            total = None
+            total: Sums = {}
             for step, feed in itertools.islice(feeds, sampler.steps_before(1)):
                 sums = evaluate_batch(params, feed, step)
-                total = sums if total is None else add(total, sums)
+                total = add(total, sums) if total else sums
                 if step % STEPS_IN_FLIGHT == 0:
                     jax.block_until_ready(total)
             return total

@@ -16,7 +16,7 @@ train.errors.UsageError: precision must be 'float32' or 'bfloat16', got 'bf16'
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -46,7 +46,7 @@ def settings(cls: type[T]) -> type[T]:
     Its constructor raises UsageError, a ValueError, which names the setting, the value
     and what is allowed. `dataclasses.replace` and `from_json` check as well.
     """
-    checked = pydantic.dataclasses.dataclass(
+    checked: Any = pydantic.dataclasses.dataclass(
         frozen=True,
         kw_only=True,
         slots=True,
@@ -61,8 +61,8 @@ def settings(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise UsageError(_explain(error)) from None
 
-    checked.__init__ = __init__  # type: ignore[misc]
-    return checked
+    checked.__init__ = __init__
+    return cast(type[T], checked)
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:

@@ -351,8 +351,8 @@ def _pixel_counts(dataset: Dataset, ignore_label: int) -> dict[str, np.ndarray]:
         if undeclared.size:
             values = ", ".join(str(v + dataset.num_classes) for v in undeclared)
             raise UsageError(
-                f"masks of {dataset.name} ({split}) have the values {values}, but there "
-                f"are {dataset.num_classes} classes and the ignored label "
+                f"masks of {dataset.name} ({split}) have the values {values}, but "
+                f"there are {dataset.num_classes} classes and the ignored label "
                 f"{ignore_label}: prepare the dataset again with all its classes"
             )
         found[split] = counts[: dataset.num_classes]
