@@ -53,8 +53,12 @@ def preparing(source, data_dir):
     return partial(data.prepare, NAME, source=source, data_dir=data_dir)
 
 
-def loading(data_dir):
-    return partial(data.load, NAME, size=SIZE, data_dir=data_dir)
+def loading(data_dir, **options):
+    return partial(data.load, NAME, size=SIZE, data_dir=data_dir, **options)
+
+
+# Of the training split alone, as `undisturbed` has it.
+CACHE = {"cache": [("train", SIZE)]}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +220,32 @@ def test_measuring_is_killed(undisturbed, copied):
     assert_nothing_is_left_over(copied)
 
 
+@pytest.mark.slow
+def test_measuring_and_building_the_cache_at_once_is_killed(undisturbed, copied):
+    files, measured = cached(undisturbed), statistics(undisturbed)
+    work = loading(copied, **CACHE)
+    folder = data.folder_of(NAME, copied)
+    duration = timed(work)
+    found = []
+
+    def start_again():
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        (folder / "statistics.json").unlink(missing_ok=True)
+
+    def check():
+        found.append(statistics(copied))
+        assert cached(copied).items() <= files.items()
+        start_again()
+
+    start_again()
+    kill_at_all_stages(work, duration, check)
+    assert None in found
+    assert all(one in (None, measured) for one in found)
+    work()
+    assert (cached(copied), statistics(copied)) == (files, measured)
+    assert_nothing_is_left_over(copied)
+
+
 @contextlib.contextmanager
 def ending_before_files_are_renamed():
     """As by a kill at the last moment."""
@@ -248,6 +278,17 @@ def test_the_last_moment_before_a_cache_is_there(undisturbed, copied):
     assert_nothing_is_left_over(copied)
 
 
+def test_the_last_moment_before_statistics_and_cache_are_there(undisturbed, copied):
+    work = loading(copied, **CACHE)
+    with ending_before_files_are_renamed():
+        work()
+    assert (cached(copied), statistics(copied)) == ({}, None)
+    work()
+    assert cached(copied) == cached(undisturbed)
+    assert statistics(copied) == statistics(undisturbed)
+    assert_nothing_is_left_over(copied)
+
+
 def at_once(work):
     """Does the same in three processes."""
     started = [processes.Process(target=work) for _ in range(3)]
@@ -270,6 +311,14 @@ def test_several_measure_and_build_a_cache_at_once(undisturbed, copied):
     assert at_once(loading(copied)) == {0}
     assert statistics(copied) == statistics(undisturbed)
     assert at_once(loading(copied)().split("train").arrays) == {0}
+    assert cached(copied) == cached(undisturbed)
+    assert_nothing_is_left_over(copied)
+
+
+@pytest.mark.slow
+def test_several_measure_and_build_a_cache_in_one_pass_at_once(undisturbed, copied):
+    assert at_once(loading(copied, **CACHE)) == {0}
+    assert statistics(copied) == statistics(undisturbed)
     assert cached(copied) == cached(undisturbed)
     assert_nothing_is_left_over(copied)
 
@@ -330,6 +379,26 @@ def test_a_disk_is_full_while_building_a_cache(undisturbed, copied):
     split.arrays()
     assert cached(copied) == cached(undisturbed)
     assert_nothing_is_left_over(copied)
+
+
+def test_a_disk_is_full_while_measuring_and_building_a_cache(undisturbed, copied):
+    """Statistics are measured all the same; what the cache lacks, `arrays` tells."""
+    work = loading(copied, **CACHE)
+    with disk_of(10_000_000):
+        dataset = work()
+        assert cached(copied) == {}
+        assert_nothing_is_left_over(copied)
+        with pytest.raises(UsageError, match="cannot write decoded images"):
+            dataset.split("train").arrays()
+    assert statistics(copied) == statistics(undisturbed)
+    dataset.split("train").arrays()
+    assert cached(copied) == cached(undisturbed)
+
+
+def test_no_cache_can_be_made_while_measuring(undisturbed, copied):
+    (data.folder_of(NAME, copied) / "cache").touch()
+    loading(copied, **CACHE)()
+    assert statistics(copied) == statistics(undisturbed)
 
 
 def test_a_cache_that_cannot_be_made_is_explained(copied):
