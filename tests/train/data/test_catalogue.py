@@ -220,9 +220,9 @@ def test_a_dataset_of_the_catalogue_is_read(tmp_path):
     assert data.prepared(tmp_path) == ["cifar10"]
 
 
-# Name and trainId of each id, for all that have a trainId to train on: the table
-# `labels` of cityscapesscripts/helpers/labels.py in
-# https://github.com/mcordts/cityscapesScripts, the publication of the dataset's authors.
+# Name and trainId of each id that is trained on, from the table `labels` in
+# cityscapesscripts/helpers/labels.py of https://github.com/mcordts/cityscapesScripts,
+# which the authors of the dataset published.
 CITYSCAPES_TRAIN_IDS = {
     7: ("road", 0),
     8: ("sidewalk", 1),
