@@ -28,9 +28,10 @@ from rich.table import Table
 from benchmarks.timing import Ratio, interleave, ratio
 from train import data
 from train.data import augment
-from train.data._images import decode
 from train.data.augment import Augmentation
-from train.data.inputs import Input, Resident, Shuffled, Stream, default_workers
+from train.data.images import decode
+from train.data.loaders import GrainLoader, InMemoryLoader, Loader, default_workers
+from train.data.samplers import RandomSampler
 from train.errors import UsageError
 from train.gradients import split
 from train.progress import make_console, shown_on
@@ -117,14 +118,14 @@ class _Segmentation:
 def _subjects(cifar10: str, camvid: str) -> tuple[Subject, ...]:
     def for_cifar(dataset: data.Dataset) -> Augmentation:
         normalize = augment.normalize(dataset.mean, dataset.std)
-        return augment.chain(augment.pad_crop(), augment.mirror(), normalize)
+        return augment.chain(augment.pad_crop(), augment.random_flip(), normalize)
 
     def for_camvid(dataset: data.Dataset) -> Augmentation:
         size = dataset.split("train").reader.size
         void = dataset.ignore_label
         normalize = augment.normalize(dataset.mean, dataset.std)
         scale = augment.random_scale_crop(size, ignore_label=void)
-        return augment.chain(scale, augment.mirror(), normalize)
+        return augment.chain(scale, augment.random_flip(), normalize)
 
     return (
         Subject(
@@ -169,13 +170,13 @@ class Measurement:
 
 def _ways(
     train: data.Split, order: Shuffled, stack: contextlib.ExitStack
-) -> dict[str, tuple[Input, Iterator[Any]]]:
+) -> dict[str, tuple[Loader, Iterator[Any]]]:
     """The project's ways of input, with what they feed."""
     processes = default_workers()
-    ways: dict[str, Input] = {
-        "resident": Resident(train.arrays()),
-        "stream, threads": Stream(train, num_workers=0),
-        f"stream, {processes} process{'es' * (processes > 1)}": Stream(train),
+    ways: dict[str, Loader] = {
+        "resident": InMemoryLoader(train.arrays()),
+        "stream, threads": GrainLoader(train, num_workers=0),
+        f"stream, {processes} process{'es' * (processes > 1)}": GrainLoader(train),
     }
     return {
         name: (way, stack.enter_context(contextlib.closing(way.feeds(order))))
@@ -188,12 +189,12 @@ def _loaders(
 ) -> tuple[dict[str, Call], dict[str, Call]]:
     """What yields the next augmented batches of an epoch, and what empties buffers."""
     train = dataset.split("train")
-    order = Shuffled((0, 0), len(train), subject.batch_size)
+    order = RandomSampler((0, 0), len(train), subject.batch_size)
     change = jax.jit(subject.augment(dataset))
     calls, before = {}, {}
     for name, (way, feeds) in _ways(train, order, stack).items():
         calls[name] = _input_call(way, feeds, change, subject.batches)
-        if isinstance(way, Stream):
+        if isinstance(way, GrainLoader):
             before[name] = _drain(feeds)
     calls["PIL, decoding alone"] = _decoding_call(train, order, subject)
     calls["NumPy, from memory"] = _numpy_call(train, order, subject)
@@ -210,7 +211,7 @@ def _drain(feeds: Iterator[Any]) -> Call:
 
 
 def _input_call(
-    way: Input, feeds: Iterator[Any], change: Augmentation, batches: int
+    way: Loader, feeds: Iterator[Any], change: Augmentation, batches: int
 ) -> Call:
     make = jax.jit(lambda feed, step, key: change(key, way.batch(feed, step)))
     key, steps = jax.random.key(0), enumerate(feeds)
@@ -298,7 +299,7 @@ def _step_calls(
 ) -> tuple[dict[str, Call], dict[str, Call]]:
     """Training steps with a constant batch and with each way of input."""
     train = dataset.split("train")
-    order = Shuffled((0, 0), len(train), subject.batch_size)
+    order = RandomSampler((0, 0), len(train), subject.batch_size)
     change = subject.augment(dataset)
     batch = jax.device_put(train.read(order.rows(0)))
     ready = jax.jit(change)(jax.random.key(0), batch)
@@ -308,7 +309,7 @@ def _step_calls(
     calls, before = {"constant batch": _step_call(*constant)}, {}
     for name, (way, feeds) in _ways(train, order, stack).items():
         calls[name] = _step_call(real, feeds, way.batch)
-        if isinstance(way, Stream):
+        if isinstance(way, GrainLoader):
             before[name] = _drain(feeds)
     calls = {name: _repeated(call, subject.steps) for name, call in calls.items()}
     return calls, before
