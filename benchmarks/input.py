@@ -169,7 +169,7 @@ class Measurement:
 
 
 def _ways(
-    train: data.Split, order: Shuffled, stack: contextlib.ExitStack
+    train: data.Split, order: RandomSampler, stack: contextlib.ExitStack
 ) -> dict[str, tuple[Loader, Iterator[Any]]]:
     """The project's ways of input, with what they feed."""
     processes = default_workers()
@@ -223,7 +223,7 @@ def _input_call(
     return call
 
 
-def _decoding_call(train: data.Split, order: Shuffled, subject: Subject) -> Call:
+def _decoding_call(train: data.Split, order: RandomSampler, subject: Subject) -> Call:
     steps = itertools.count()
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
 
@@ -237,7 +237,7 @@ def _decoding_call(train: data.Split, order: Shuffled, subject: Subject) -> Call
     return call
 
 
-def _numpy_call(train: data.Split, order: Shuffled, subject: Subject) -> Call:
+def _numpy_call(train: data.Split, order: RandomSampler, subject: Subject) -> Call:
     """Gathers, pads, crops, mirrors and normalises, batch by batch."""
     arrays = {
         name: np.array(array)
