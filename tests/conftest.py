@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+pytest.register_assert_rewrite("tests.optax_tricks.table")
+
 # Sharding tests need several devices; simulated ones do on any machine.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")

@@ -506,9 +506,7 @@ def test_one_tuple_that_does_not_fit_every_leaf_names_the_first() -> None:
     ],
     ids=["a-layer-less", "another-container", "a-leaf-less", "misspelt"],
 )
-def test_a_leaf_without_an_entry_is_named(
-    tree: Any, leaf: str
-) -> None:
+def test_a_leaf_without_an_entry_is_named(tree: Any, leaf: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"no entry for leaf {leaf}")):
         apply(centralize(tree), PURE)
 

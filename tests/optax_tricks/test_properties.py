@@ -558,7 +558,7 @@ def test_triangular_schedule_keeps_its_period_in_long_runs(half):
 
 # --- Zero and non-finite gradients ----------------------------------------------------
 
-MEMBERS = {
+TRANSFORMS = {
     "scale_by_random": partial(tricks.scale_by_random, 0),
     "centralize": tricks.centralize,
     "barzilai_borwein_step": partial(tricks.barzilai_borwein_step, 0.1),
@@ -584,11 +584,11 @@ def numbers(tree: optax.OptState) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_zero_gradients_give_zero_updates(name, dtype):
     w = {"a": jnp.ones((3, 2), dtype), "b": jnp.zeros(2, dtype)}
     zero = jax.tree.map(jnp.zeros_like, w)
-    tx = MEMBERS[name]()
+    tx = TRANSFORMS[name]()
     state = tx.init(w)
     for _ in range(3):
         updates, state = tx.update(zero, state, w, grad_fn=lambda p, _: zero)
@@ -615,9 +615,9 @@ def test_opposite_gradients_give_a_zero_unit_step():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_non_finite_gradients_stay_visible(name, value):
-    tx = MEMBERS[name]()
+    tx = TRANSFORMS[name]()
     w = jnp.array([[1.0, -1.0], [0.0, 2.0], [3.0, 0.5]])
     fine = jnp.array([[0.3, 0.0], [-1.0, 0.2], [0.0, 4.0]])
 
