@@ -27,6 +27,7 @@ from tests.optax_tricks.table import (
     loss,
     make_params,
     parametrize,
+    plain,
 )
 
 
@@ -202,3 +203,27 @@ def test_apply_if_finite_skips_a_bad_step(row: Row) -> None:
     assert_equal(after.inner_state, before.inner_state)
     assert_equal(update(GRADS, after, PARAMS)[0], update(GRADS, before, PARAMS)[0])
     chex.assert_tree_all_finite(update(GRADS, after, PARAMS)[0])
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+@parametrize(DOUBLE)
+def test_the_documented_way_to_skip_a_bad_second_gradient(row: Row, which: str) -> None:
+    tx = row.optimizer()
+    bad = jax.tree.map(lambda g: g.at[..., :1].set(jnp.nan), GRADS)
+
+    @jax.jit
+    def step(params: Any, state: Any, first: Any, second: Any) -> Any:
+        updates, new_state = tx.update(
+            first, state, params, grad_fn=lambda params, step: second
+        )
+        keep = jnp.isfinite(optax.tree.norm(updates))
+        new = optax.apply_updates(params, updates), new_state
+        return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, (params, state))
+
+    before = step(PARAMS, tx.init(PARAMS), GRADS, GRADS)
+    pair = (bad, GRADS) if which == "first" else (GRADS, bad)
+    after = step(*before, *pair)
+    assert_equal(after, before)
+    again = step(*after, GRADS, GRADS)
+    chex.assert_tree_all_finite(plain(again))
+    assert not jnp.array_equal(again[0]["list"][0], before[0]["list"][0])
