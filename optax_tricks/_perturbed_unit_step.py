@@ -91,8 +91,11 @@ def perturbed_unit_step(
       Transforms before this one change only the first gradient. To change both, apply
       them inside ``grad_fn`` as well. `optax.MultiSteps` would call ``grad_fn`` on
       every mini-step and use only one result, so accumulate inside ``grad_fn`` instead.
-      Squares are accumulated in float32 (float64 for float64 leaves). So a norm below
-      about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
+      `optax.apply_if_finite` skips steps with a non-finite first gradient, but it does
+      not check the second. To skip both, keep the old parameters and state, by
+      `jax.tree.map` and ``jnp.where``, whenever ``optax.tree.norm(updates)`` is not
+      finite. Squares are accumulated in float32 (float64 for float64 leaves). So a
+      norm below about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
     """
     check_in("eps", eps, "[0, inf)")
 
