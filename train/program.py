@@ -242,7 +242,7 @@ class Program:
         log: EpochLog = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return log._replace(bad_step=log.bad_step - 1)
 
-    def _batch(self, loader: Loader, feed: Any, step: int | jax.Array) -> Any:
+    def _batch(self, loader: Loader, feed: Any, step: jax.Array) -> Any:
         """Makes a batch, of which each device computes its part."""
         sharding = NamedSharding(self.mesh, P("data"))
         return jax.lax.with_sharding_constraint(loader.batch(feed, step), sharding)
@@ -255,19 +255,19 @@ class Program:
         # Each evaluation goes on where the last one ended, at the first example again.
         feeds = zip(itertools.count(), loader.feeds(sampler))
 
-        def evaluate_batch(params: Tree, feed: Any, step: int | jax.Array) -> Sums:
+        def evaluate_batch(params: Tree, feed: Any, step: jax.Array) -> Sums:
             batch = self._batch(loader, feed, step)
             networks = self._networks(params)
             return self.task.evaluate(networks, batch, sampler.weights(step))
 
         everywhere = replicated(self.mesh)
-        evaluate_batch = jax.jit(evaluate_batch, out_shardings=everywhere)
+        first: Callable[..., Sums] = jax.jit(evaluate_batch, out_shardings=everywhere)
         add = jax.jit(optax.tree.add, donate_argnums=0, out_shardings=everywhere)
 
         def evaluate(params: Tree) -> Sums:
             total: Sums = {}
             for step, feed in itertools.islice(feeds, sampler.steps_before(1)):
-                sums = evaluate_batch(params, feed, step)
+                sums = first(params, feed, step)
                 total = add(total, sums) if total else sums
                 if step % STEPS_IN_FLIGHT == 0:
                     jax.block_until_ready(total)
