@@ -215,7 +215,7 @@ class Translation:
         """Draws input, the output of each run, and truth side by side."""
         pair = jax.device_get(self._cropped({k: batch[k] for k in ("input", "target")}))
         images = {"input": pair["input"], **predictions, "truth": pair["target"]}
-        plots.save_comparison(path, list(images.items()))
+        plots.save_images(images, path)
 
     def save_predictions(
         self,
