@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from train.plots._common import class_colors, new_figure, shortened
+from train.plots._common import FONT_SIZE, class_colors, new_figure, shortened
 
 Point: TypeAlias = Mapping[str, float]
 
@@ -85,11 +85,10 @@ def save_learning_curves(
         panels = figure.subplots(1, 3, sharey=True)
         colors = class_colors(len(curves)) / 255
         lines: dict[str, Line2D] = {}
-        for axes, key in zip(
-            panels, ("epoch", "gradient_evaluations", "seconds"), strict=True
-        ):
+        keys = ("epoch", "gradient_evaluations", "seconds")
+        for axes, key in zip(panels, keys, strict=True):
             for (name, seeds), color in zip(curves.items(), colors, strict=True):
-                points = list(zip(*seeds, strict=False))
+                points = list(zip(*seeds, strict=False))  # of all seeds, by epoch
                 if not points:
                     continue
                 x = np.array([[p[key] for p in epoch] for epoch in points])
@@ -163,6 +162,7 @@ def _draw_line(
 
 
 def _number_epochs(axes: Axes) -> None:
+    """Labels the x-axis with whole epochs."""
     axes.set_xlabel("epoch")
     ticks = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
     axes.xaxis.set_major_locator(ticks)
@@ -202,7 +202,11 @@ def save_confusion_matrix(
       path: the PNG file to write.
     """
     n = len(class_names)
-    side = 2 + 0.4 * min(n, _MOST_COUNTS) + 0.11 * max(0, min(n, 40) - _MOST_COUNTS)
+    side = (
+        2
+        + 0.4 * min(n, _MOST_COUNTS)
+        + 0.11 * max(0, min(n, _MOST_NAMES) - _MOST_COUNTS)
+    )
     with new_figure(path, (side, side), crop=True) as figure:
         axes = figure.subplots()
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -217,7 +221,7 @@ def save_confusion_matrix(
             names = [shortened(name, _LONGEST_NAME) for name in class_names]
             axes.set_xticks(range(n), names, rotation=90 * (max(map(len, names)) > 2))
             axes.set_yticks(range(n), names)
-            axes.tick_params(labelsize=9 if n <= _MOST_COUNTS else 7)
+            axes.tick_params(labelsize=FONT_SIZE if n <= _MOST_COUNTS else 7)
         if n <= _MOST_COUNTS:
             for row, column in np.argwhere(confusion).tolist():
                 count = _short_count(confusion[row, column].item())
@@ -238,7 +242,7 @@ def save_bars(
       label: the label of the values.
     """
     n = len(values)
-    height, size = (0.24, 9) if n <= _MOST_NAMES else (0.15, 7)
+    height, size = (0.24, FONT_SIZE) if n <= _MOST_NAMES else (0.15, 7)
     with new_figure(path, (6, 1.2 + height * n)) as figure:
         axes = figure.subplots()
         axes.barh(range(n), np.nan_to_num(list(values.values())), height=0.7)

@@ -24,12 +24,14 @@ from train.plots._common import (
 Image: TypeAlias = UInt8[np.ndarray, "height width channels"]  # 1 or 3 channels
 Mask: TypeAlias = Integer[np.ndarray, "height width"]
 
-# Lengths are in inches.
+MOST_EXAMPLES = 256  # on one sheet
+
+# Lengths in inches.
 _SHEET_WIDTH = 12.5
 _LARGEST_IMAGE = 2.5
 _LINE = 0.15  # the height of a line of text
-_READABLE = 1.2  # the width of text that says something
-MOST_EXAMPLES = 256  # on one sheet
+_READABLE = 1.2  # the least width of an image with text above it
+
 _STRIPES = (240, 100)  # gray levels of ignored pixels
 
 
@@ -59,7 +61,7 @@ def save_images(
       legend: the entries of the legend below the images.
 
     Raises:
-      ValueError: if the columns and captions are not equally many.
+      ValueError: if the columns and captions differ in length.
 
     Examples:
       >>> import tempfile
@@ -92,7 +94,8 @@ def save_images(
     height = width / aspect
     above = GAP + _LINE * caption_lines
 
-    # The figure is the grid alone. What lies outside is found when it is cropped.
+    # The figure is the grid alone. Title and legend lie outside of it, where the crop
+    # to what is drawn finds them.
     size = across * (width + GAP) - GAP, rows * (height + above) - above
     with new_figure(path, size, crop=True) as figure:
         top = above + _LINE * header_lines
@@ -111,9 +114,10 @@ def save_images(
                     interpolation="nearest" if enlarged else "auto",
                 )
                 axes.axis("off")
-                text = [header] * (i < across) + caption.split("\n") * (j == 0)
-                text = [shortened(x, width / len(columns)) for x in text if x]
-                axes.set_title("\n".join(text), size=FONT_SIZE, pad=4)
+                lines = [header] if i < across else []
+                lines += caption.split("\n") if j == 0 else []
+                lines = [shortened(x, width / len(columns)) for x in lines if x]
+                axes.set_title("\n".join(lines), size=FONT_SIZE, pad=4)
 
 
 def save_masks(
@@ -228,16 +232,13 @@ def paint(
     return np.asarray(np.rint(painted), np.uint8)
 
 
-_STRIPES = (240, 100)  # gray levels of ignored pixels
-
-
 def class_legend(
     masks: Sequence[Mask],
     class_names: Sequence[str],
     colors: Colors,
     ignore_label: int | None,
 ) -> list[Patch]:
-    """Returns legend entries for the classes in masks, and for ignored pixels."""
+    """Returns legend entries for the classes that occur, and for ignored pixels."""
     values = np.unique(np.concatenate([np.unique(mask) for mask in masks])).tolist()
     legend = [
         Patch(facecolor=colors[value] / 255, edgecolor="gray", label=class_names[value])
