@@ -260,14 +260,7 @@ class Segmentation:
     ) -> None:
         """Draws photo, truth and the prediction of each run side by side."""
         masks = {"truth": batch["mask"], **predictions}
-        colors, ignore_label = self.colors, self.ignore_label
-        columns: list[tuple[str, Sequence[np.ndarray]]] = [("photo", batch["image"])]
-        for title, found in masks.items():
-            painted = [plots.painted(mask, colors, ignore_label) for mask in found]
-            columns.append((title, painted))
-        drawn = [mask for found in masks.values() for mask in found]
-        legend = plots.class_legend(drawn, self.class_names, colors, ignore_label)
-        plots.save_comparison(path, columns, legend)
+        self._save_masks(path, batch["image"], masks)
 
     def save_predictions(
         self,
@@ -287,17 +280,25 @@ class Segmentation:
             image = image.resize(photo.shape[1::-1], Image.Resampling.NEAREST)
             image.save(folder / f"{name}-classes.png")
             mask = np.asarray(image)
-            painted = plots.painted(mask, self.colors, self.ignore_label)
-            plots.save_comparison(
-                folder / f"{name}.png",
-                [("photo", [photo]), ("prediction", [painted])],
-                plots.class_legend(
-                    [mask], self.class_names, self.colors, self.ignore_label
-                ),
-            )
+            self._save_masks(folder / f"{name}.png", [photo], {"prediction": [mask]})
             shares = np.bincount(mask.ravel(), minlength=len(self.class_names))
             lines.append(shares_in_words(shares / mask.size, self.class_names))
         return lines
+
+    def _save_masks(
+        self,
+        path: Path,
+        photos: Sequence[np.ndarray],
+        masks: Mapping[str, Sequence[np.ndarray]],
+    ) -> None:
+        plots.save_masks(
+            photos,
+            masks,
+            path,
+            class_names=self.class_names,
+            colors=self.colors,
+            ignore_label=self.ignore_label,
+        )
 
     def _logits(
         self, networks: Networks, images: UInt8[Array, "batch height width channels"]

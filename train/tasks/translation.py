@@ -218,7 +218,7 @@ class Translation:
         stored = {name: jnp.asarray(batch[name]) for name in ("input", "target")}
         pair = jax.device_get(self._cropped(stored))
         images = {"input": pair["input"], **predictions, "truth": pair["target"]}
-        plots.save_comparison(path, list(images.items()))
+        plots.save_images(images, path)
 
     def save_predictions(
         self,
