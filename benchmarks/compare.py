@@ -19,19 +19,18 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from train.loop import NonFiniteLossError, fit
 
 from benchmarks.figures import save_learning_curves
-from benchmarks.statistics import paired_interval
 from train import data
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.loop import NonFiniteLossError, fit
-from train.optimizers import OptimizerConfig
+from train.intervals import Interval, paired_interval
+from train.optim.optimizer import OptimizerConfig
+from train.output.run_folder import RunFolder, environment, open_run_folder
 from train.program import Program
 from train.progress import Reporter, make_console, shown_on
 from train.run import build
-from train.run_folder import RunFolder, environment, open_run_folder
-from train.statistics import Interval
 from train.step import Record
 from train.tasks import classification
 from train.tasks.classification import ClassificationConfig, ModelName
@@ -76,7 +75,7 @@ _STEP_TUNED = OptimizerConfig(
 
 
 def _with(optimizer: OptimizerConfig, trick: str) -> OptimizerConfig:
-    return dataclasses.replace(optimizer, tricks=(trick,))
+    return dataclasses.replace(optimizer, techniques=(trick,))
 
 
 METHODS = (
@@ -84,8 +83,8 @@ METHODS = (
     Method(name="sgd, 2x epochs", optimizer=_SGD, epochs_factor=2),
     Method(name="sgd, momentum 0.5", optimizer=_RANDOM_GRADIENT),
     Method(
-        name="random",
-        optimizer=_with(_RANDOM_GRADIENT, "random"),
+        name="scale_by_random",
+        optimizer=_with(_RANDOM_GRADIENT, "scale_by_random"),
         baseline="sgd, momentum 0.5",
     ),
     Method(
@@ -94,14 +93,14 @@ METHODS = (
         baseline="sgd",
     ),
     Method(
-        name="barzilai_borwein",
-        optimizer=_with(_STEP_TUNED, "barzilai_borwein"),
+        name="barzilai_borwein_step",
+        optimizer=_with(_STEP_TUNED, "barzilai_borwein_step"),
         baseline="sgd",
         equal_gradients="sgd, 2x epochs",
     ),
     Method(
-        name="perturbed_unit",
-        optimizer=_with(_SGD, "perturbed_unit"),
+        name="perturbed_unit_step",
+        optimizer=_with(_SGD, "perturbed_unit_step"),
         baseline="sgd",
         equal_gradients="sgd, 2x epochs",
     ),
@@ -122,7 +121,7 @@ class CompareConfig:
     """Images in a step."""
     seeds: int = 5
     """Runs of each method, at least 2; the same seeds for all."""
-    evaluate_on: Literal["test", "validation"] = "test"
+    eval_split: Literal["test", "validation"] = "test"
     """Validation holds out a fifth of the training images, to choose settings by."""
     learning_rate: float | None = None
     """One learning rate for all methods, in place of each one's own."""
@@ -138,7 +137,7 @@ class CompareConfig:
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=self.learning_rate)
         return ClassificationConfig(
-            data=DataConfig(dataset=self.dataset, evaluate_on=self.evaluate_on),
+            data=DataConfig(dataset=self.dataset, eval_split=self.eval_split),
             model=self.model,
             epochs=self.epochs * method.epochs_factor,
             batch_size=self.batch_size,
@@ -226,7 +225,7 @@ def _run(
                 "epoch": record["epoch"],
                 "gradient_evaluations": record["step"] * gradients,
                 "seconds": record["seconds"] + (curve[-1]["seconds"] if curve else 0.0),
-                "accuracy": record[f"{config.evaluate_on}_accuracy"],
+                "accuracy": record[f"{config.eval_split}_accuracy"],
             }
         )
         reporter.describe(f"{text}, accuracy {curve[-1]['accuracy']:.4f}")

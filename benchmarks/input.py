@@ -24,17 +24,23 @@ import optax
 from flax import nnx
 from rich import box
 from rich.table import Table
+from train.data._images import decode
 
 from benchmarks.timing import Ratio, interleave, ratio
 from optax_tricks.nnx import split
 from train import data
 from train.data import augment
-from train.data._images import decode
 from train.data.augment import Augmentation
-from train.data.inputs import Input, Resident, Shuffled, Stream, default_workers
+from train.data.loaders import (
+    GrainLoader,
+    InMemoryLoader,
+    Input,
+    Shuffled,
+    default_workers,
+)
 from train.errors import UsageError
+from train.output.run_folder import environment, open_run_folder
 from train.progress import make_console, shown_on
-from train.run_folder import environment, open_run_folder
 from train.step import Metrics, Models, Network, make_train_step, new_state
 from train.tasks.classification import Classification, ClassificationConfig
 
@@ -97,7 +103,7 @@ class _Segmentation:
     ignore_label: int
     augment: Augmentation
 
-    def create_models(self, rngs: nnx.Rngs) -> Models:
+    def create_networks(self, rngs: nnx.Rngs) -> Models:
         return {"model": _Segmenter(self.num_classes, rngs=rngs)}
 
     def prepare(self, batch: Any, key: jax.Array) -> Any:
@@ -173,9 +179,9 @@ def _ways(
     """The project's ways of input, with what they feed."""
     processes = default_workers()
     ways: dict[str, Input] = {
-        "resident": Resident(train.arrays()),
-        "stream, threads": Stream(train, num_workers=0),
-        f"stream, {processes} process{'es' * (processes > 1)}": Stream(train),
+        "memory": InMemoryLoader(train.arrays()),
+        "stream, threads": GrainLoader(train, num_workers=0),
+        f"stream, {processes} process{'es' * (processes > 1)}": GrainLoader(train),
     }
     return {
         name: (way, stack.enter_context(contextlib.closing(way.feeds(order))))
@@ -193,7 +199,7 @@ def _loaders(
     calls, before = {}, {}
     for name, (way, feeds) in _ways(train, order, stack).items():
         calls[name] = _input_call(way, feeds, change, subject.batches)
-        if isinstance(way, Stream):
+        if isinstance(way, GrainLoader):
             before[name] = _drain(feeds)
     calls["PIL, decoding alone"] = _decoding_call(train, order, subject)
     calls["NumPy, from memory"] = _numpy_call(train, order, subject)
@@ -308,14 +314,14 @@ def _step_calls(
     calls, before = {"constant batch": _step_call(*constant)}, {}
     for name, (way, feeds) in _ways(train, order, stack).items():
         calls[name] = _step_call(real, feeds, way.batch)
-        if isinstance(way, Stream):
+        if isinstance(way, GrainLoader):
             before[name] = _drain(feeds)
     calls = {name: _repeated(call, subject.steps) for name, call in calls.items()}
     return calls, before
 
 
 def _step_call(task: Any, feeds: Iterator[Any], batch: Callable[..., Any]) -> Call:
-    models = task.create_models(nnx.Rngs(0))
+    models = task.create_networks(nnx.Rngs(0))
     tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
     networks = {name: Network(split(model)[0], tx) for name, model in models.items()}
     train_step = make_train_step(task, networks)
@@ -342,7 +348,7 @@ def measure(subject: Subject, rounds: int, data_dir: Path | None) -> list[Measur
     dataset = data.load(subject.name, data_dir=data_dir)
     measurements = []
     for part, make, reference, number in (
-        ("input alone", _loaders, "resident", subject.batches),
+        ("input alone", _loaders, "memory", subject.batches),
         ("training step", _step_calls, "constant batch", subject.steps),
     ):
         with contextlib.ExitStack() as stack:

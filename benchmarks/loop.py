@@ -22,23 +22,23 @@ from typing import Any
 import jax
 from rich import box
 from rich.table import Table
+from train.loop import fit, groups_of
 
 from benchmarks.timing import Ratio, interleave, ratio
-from train.checkpoints import Checkpoints
 from train.data import Dataset, open_prepared
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.events import Events
-from train.loop import fit, groups_of
-from train.optimizers import OptimizerConfig
+from train.optim.optimizer import OptimizerConfig
+from train.optim.techniques import TECHNIQUES
+from train.output.checkpoints import Checkpoints
+from train.output.run_folder import RunFolder, environment, open_run_folder
+from train.output.tensorboard import Events
 from train.program import Program
 from train.progress import make_console, shown_on
 from train.run import _Run, layout_of
-from train.run_folder import RunFolder, environment, open_run_folder
 from train.step import TrainState
 from train.tasks import classification
 from train.tasks.classification import ClassificationConfig
-from train.tricks import TRICKS
 
 Call = Callable[[], Any]
 
@@ -84,7 +84,7 @@ def _subjects(cifar10: str, rounds: int) -> list[Subject]:
             rounds=rounds,
             seed_steps=16,
             steps_per_call=(1, 4, 16),
-            tricks=tuple(TRICKS),
+            techniques=tuple(TECHNIQUES),
         ),
         # A step takes many times as long, and varies less.
         Subject(
@@ -134,11 +134,11 @@ def _config(
 ) -> ClassificationConfig:
     """A run that neither evaluates nor saves."""
     return ClassificationConfig(
-        data=DataConfig(dataset=subject.dataset, input="resident", data_dir=data_dir),
+        data=DataConfig(dataset=subject.dataset, input="memory", data_dir=data_dir),
         model=subject.model,
         batch_size=subject.batch_size,
         epochs=_EPOCHS,
-        evaluate_every=_EPOCHS,
+        eval_every=_EPOCHS,
         checkpoint_minutes=math.inf,
         **changes,
     )
@@ -234,7 +234,7 @@ def measure_loop(
             "steps": _steps(program, steps),
             "steps, again": _steps(program, steps),
             "epoch": _epoch(program),
-            "epoch, evaluated": _epoch(_changed(program, evaluate_every=1)),
+            "epoch, evaluated": _epoch(_changed(program, eval_every=1)),
             "epoch, logged": _epoch_of_run(program, dataset, path / "logged", stack),
             "epoch, logged, saved": _epoch_of_run(
                 saving, dataset, path / "saved", stack
@@ -280,7 +280,7 @@ def measure_tricks(
     """Times epochs with each technique beside plain SGD."""
     timed = {"sgd": _epoch(program)}
     for trick in subject.tricks:
-        optimizer = OptimizerConfig(tricks=(trick,))
+        optimizer = OptimizerConfig(techniques=(trick,))
         config = dataclasses.replace(program.config, optimizer=optimizer)
         timed[trick] = _epoch(_compile(config, dataset))
     return _measure("techniques in the loop", subject, timed)

@@ -25,8 +25,8 @@ import models
 from benchmarks.timing import interleave
 from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
+from train.output.run_folder import environment, open_run_folder
 from train.progress import make_console, shown_on
-from train.run_folder import environment, open_run_folder
 
 Tree = Any
 Row = dict[str, Any]

@@ -25,8 +25,8 @@ import optax_tricks
 from benchmarks.timing import Ratio, interleave, ratio
 from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
+from train.output.run_folder import RunFolder, environment, open_run_folder
 from train.progress import make_console
-from train.run_folder import RunFolder, environment, open_run_folder
 
 Tree = Any
 Transform = optax.GradientTransformationExtraArgs
@@ -104,8 +104,8 @@ def _subjects() -> list[Subject]:
 def _two_gradient_subjects(grad_fn: str) -> list[Subject]:
     transforms = {
         "sam": _sam(_sgd()),
-        "perturbed_unit": optax.chain(optax_tricks.perturbed_unit_step(), _sgd()),
-        "barzilai_borwein": optax.chain(
+        "perturbed_unit_step": optax.chain(optax_tricks.perturbed_unit_step(), _sgd()),
+        "barzilai_borwein_step": optax.chain(
             optax_tricks.barzilai_borwein_step(0.1), optax.scale_by_learning_rate(0.1)
         ),
     }
@@ -253,8 +253,8 @@ def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
         ),
         "centralize, sgd": (optax.chain(optax_tricks.centralize(), _sgd()), "sgd"),
         "sam": (_sam(_sgd()), "sam"),
-        "perturbed_unit": (optax_tricks.pugd(0.1), "sam"),
-        "barzilai_borwein": (optax_tricks.step_tuned_sgd(0.1), "sam"),
+        "perturbed_unit_step": (optax_tricks.pugd(0.1), "sam"),
+        "barzilai_borwein_step": (optax_tricks.step_tuned_sgd(0.1), "sam"),
     }
     calls = {name: _step_call(tx, batch_size) for name, (tx, _) in subjects.items()}
     seconds = interleave(calls, rounds)

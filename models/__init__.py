@@ -1,4 +1,4 @@
-"""Flax NNX networks of the papers, made by name.
+"""Flax NNX networks of the papers, created by name.
 
 >>> import models
 >>> from flax import nnx
@@ -30,6 +30,7 @@ from models import (
 )
 from models._entry import Entry, Task
 from models._layers import ImageShapeError, Layers
+from models._network import Network
 from models._weights import load_weights, save_weights
 
 _FAMILIES = (
@@ -45,13 +46,16 @@ _FAMILIES = (
     unet,
     pix2pix,
 )
-_ENTRIES = {entry.name: entry for family in _FAMILIES for entry in family.ENTRIES}
+_ENTRIES: dict[str, Entry] = {
+    entry.name: entry for family in _FAMILIES for entry in family.ENTRIES
+}
 _LAYER_OPTIONS = tuple(Layers.__dataclass_fields__)
 
 __all__ = [
     "Entry",
     "ImageShapeError",
     "Layers",
+    "Network",
     "create",
     "describe",
     "load_weights",
@@ -61,7 +65,9 @@ __all__ = [
 
 
 def names(pattern: str = "*", *, task: Task | None = None) -> tuple[str, ...]:
-    """Names of the networks that match a shell pattern, smallest first by family.
+    """Returns the names of the networks that match a shell pattern.
+
+    Families follow each other, each with its smallest networks first.
 
     >>> import models
     >>> models.names("resnet*_cifar")[0]
@@ -70,30 +76,30 @@ def names(pattern: str = "*", *, task: Task | None = None) -> tuple[str, ...]:
     'unet256'
 
     Args:
-      pattern: as for file names, with `*`, `?` and `[...]`.
-      task: if given, only networks for it.
+      pattern: a pattern as for file names, with `*`, `?` and `[...]`.
+      task: if given, only networks for this task are returned.
     """
     found = fnmatch.filter(_ENTRIES, pattern)
     return tuple(name for name in found if task in (None, _ENTRIES[name].task))
 
 
 def describe(name: str) -> Entry:
-    """What is known about a network.
+    """Returns the catalogue entry of a network.
 
     >>> import models
     >>> models.describe("resnet20").num_parameters
     269722
 
     Raises:
-      ValueError: if there is no such network; the message lists those there are.
+      ValueError: if there is no such network. The message lists all networks.
     """
     if name not in _ENTRIES:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(_ENTRIES)}")
     return _ENTRIES[name]
 
 
-def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
-    """Builds a network with fresh parameters.
+def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> Network:
+    """Creates a network with new parameters.
 
     >>> import jax.numpy as jnp, models
     >>> from flax import nnx
@@ -105,16 +111,20 @@ def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
 
     Args:
       name: one of `names()`.
-      rngs: where the keys of parameters and dropout come from.
-      **options: those of `describe(name).options`: `num_classes` for classification
-        and segmentation, and what the network's class and `Layers` take besides.
+      rngs: the source of keys for parameters and dropout.
+      **options: any of `describe(name).options`. `num_classes` is required for
+        classification and segmentation. The other options are those of the network's
+        class and of `Layers`.
 
     Returns:
-      A module from float images (batch, height, width, channels) to what its task
-      asks for: logits (batch, num_classes), logits of every pixel, or images.
+      A network that maps float images (batch, height, width, channels) to logits
+      (batch, num_classes), to logits of every pixel (batch, height, width,
+      num_classes), or to images, by its task. A discriminator returns logits of patches
+      (batch, rows, columns, 1).
 
     Raises:
-      ValueError: if there is no such network, or if it does not take such options.
+      ValueError: if there is no such network, if it has no such option, or if an
+        option has a value that it does not allow.
     """
     entry = describe(name)
     unknown = ", ".join(sorted(options.keys() - set(entry.options)))
@@ -123,6 +133,6 @@ def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
             f"{name} has no option {unknown}; it takes {', '.join(entry.options)}"
         )
     if "num_classes" in entry.options and "num_classes" not in options:
-        raise ValueError(f"{name} needs num_classes, the number of classes to tell")
+        raise ValueError(f"{name} needs num_classes, the number of classes")
     for_layers = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
     return entry.build(layers=Layers(rngs=rngs, **for_layers), **options)

@@ -1,4 +1,4 @@
-"""The layers that all networks are made of, in the form their options ask for."""
+"""The layers that all networks are built from."""
 
 import dataclasses
 import math
@@ -18,27 +18,30 @@ he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class _KeepsDtype:
-    """Normalises in float32 and returns the input's dtype.
+    """Makes a normalisation of Flax compute in float32 and return the input's dtype.
 
-    Flax would round the running statistics to the dtype of the computation.
+    With Flax's own `dtype` the running statistics would be rounded to it.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x).astype(x.dtype)
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """Maps (..., channels) to the same shape and dtype."""
+        # The class of Flax comes next in the order of base classes.
+        y: jax.Array = super().__call__(x, *args, **options)  # type: ignore[misc]
+        return y.astype(x.dtype)
 
 
-class _Statistic(nnx.BatchStat):
-    """A running statistic that is set as a whole.
+class _Statistic(nnx.BatchStat[jax.Array]):
+    """A running statistic that is assigned as a whole.
 
-    Flax looks at the sharding of what is assigned by index. For a traced value that
-    is an error whose message jax makes from everything traced before
-    (https://github.com/jax-ml/jax/pull/40041): tracing a deep network took most of its
-    time for that.
+    Flax asks for the sharding of a value that is assigned by index. For a traced value
+    this raises an error, and jax builds its message from everything traced so far
+    (https://github.com/jax-ml/jax/pull/40041). This took most of the time of tracing a
+    deep network.
     """
 
     def __setitem__(self, index: Any, value: jax.Array) -> None:
         if index is ...:
-            # Computations in float64 end in it here, and not as a warning of jax.
+            # Casting float64 explicitly avoids a warning of jax.
             self.set_value(value.astype(self.dtype))
         else:
             super().__setitem__(index, value)
@@ -47,12 +50,12 @@ class _Statistic(nnx.BatchStat):
 class BatchNorm(_KeepsDtype, nnx.BatchNorm):
     """Batch normalisation with PyTorch's momentum of 0.1 and eps of 1e-5.
 
-    The running variance is that of the batch over n values, as Flax has it; PyTorch
-    divides by n - 1, so its own is larger by n / (n - 1).
+    The running variance averages variances over n values, as in Flax. PyTorch divides
+    by n - 1, so that its batches contribute n / (n - 1) times as much.
     """
 
-    def __init__(self, channels: int, **options):
-        # Flax's momentum is the weight of the old value.
+    def __init__(self, channels: int, **options: Any):
+        # In Flax, momentum is the weight of the old value.
         super().__init__(channels, momentum=0.9, epsilon=1e-5, **options)
         self.mean = _Statistic(jnp.zeros(channels, jnp.float32))
         self.var = _Statistic(jnp.ones(channels, jnp.float32))
@@ -61,10 +64,11 @@ class BatchNorm(_KeepsDtype, nnx.BatchNorm):
 class GroupNorm(_KeepsDtype, nnx.GroupNorm):
     """Group normalisation (Wu and He, 2018) with eps of 1e-5.
 
-    It has the most groups, up to 32, that divide the channels and hold at least two.
+    The number of groups is the largest, up to 32, that divides the number of channels
+    and leaves at least two channels in each group.
     """
 
-    def __init__(self, channels: int, **options):
+    def __init__(self, channels: int, **options: Any):
         groups = max(
             n
             for n in range(1, 33)
@@ -77,22 +81,22 @@ class InstanceNorm(_KeepsDtype, nnx.InstanceNorm):
     """Instance normalisation without parameters, as in pix2pix, with eps of 1e-5.
 
     Raises:
-      ValueError: when called with a single pixel, which it would turn into zero.
+      ValueError: if it is called with a single pixel, which it would turn into zero.
     """
 
-    def __init__(self, channels: int, **options):
+    def __init__(self, channels: int, **options: Any):
         super().__init__(
             channels, epsilon=1e-5, use_scale=False, use_bias=False, **options
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (batch, height, width, channels) to the same."""
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """Maps (batch, height, width, channels) to the same shape and dtype."""
         if math.prod(x.shape[1:-1]) == 1:
             raise ValueError(
                 "instance normalisation of a single pixel is zero: use larger images "
                 "or another norm"
             )
-        return super().__call__(x)
+        return super().__call__(x, *args, **options)
 
 
 class LayerNorm(_KeepsDtype, nnx.LayerNorm):
@@ -100,10 +104,10 @@ class LayerNorm(_KeepsDtype, nnx.LayerNorm):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation whose statistics, scale and bias are all constants.
+    """Batch normalisation with constant statistics, scale and bias.
 
-    For fine-tuning from pretrained weights. None of its variables is an `nnx.Param`,
-    so that optimizers, weight decay and parameter counts leave them out.
+    It is for fine-tuning from pretrained weights. None of its variables is an
+    `nnx.Param`, so optimizers, weight decay and parameter counts leave them out.
     """
 
     def __init__(self, channels: int, *, param_dtype: DTypeLike = jnp.float32):
@@ -113,7 +117,7 @@ class FrozenBatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., channels) to the same."""
+        """Maps (..., channels) to the same shape and dtype."""
         factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
         shift = self.bias[...] - self.mean[...] * factor
         factor, shift = (
@@ -123,14 +127,17 @@ class FrozenBatchNorm(nnx.Module):
 
 
 class UpConv(nnx.ConvTranspose):
-    """A transposed convolution that doubles height and width, as one of stride 1.
+    """A transposed convolution of stride 2, computed as a convolution of stride 1.
 
-    Each place of the input gives two by two pixels of the output at once. The numbers
-    are those of `nnx.ConvTranspose` with kernels of size 2 or 4; but XLA's gradient of
-    that is some twenty times slower on CPUs than this one.
+    It doubles height and width: each input pixel gives two by two output pixels at
+    once. The result is that of `nnx.ConvTranspose` with kernels of size 2 or 4, whose
+    gradient in XLA is about twenty times slower on CPUs.
+
+    Raises:
+      ValueError: if kernel_size is neither 2 nor 4.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, **options):
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, **options: Any):
         if kernel_size not in (2, 4):
             raise ValueError(f"kernel_size must be 2 or 4, got {kernel_size}")
         super().__init__(
@@ -139,26 +146,27 @@ class UpConv(nnx.ConvTranspose):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, 2 height, ..., outputs)."""
-        bias = self.bias[...] if self.use_bias else None
+        bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype(
             (x, self.kernel[...], bias), dtype=self.dtype
         )
-        taps = kernel.shape[0] // 2  # places of the input that a pixel comes from
+        # The number of input rows, and of columns, that an output pixel depends on.
+        taps = kernel.shape[0] // 2
         if taps == 1:
             kernel = kernel[::-1, ::-1]
         inputs, outputs = kernel.shape[2:]
         kernel = kernel.reshape(taps, 2, taps, 2, inputs, outputs)
         kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, inputs, -1)
         pad = taps - 1
-        # Padding by the convolution itself would make its gradient slow again.
+        # Padding inside the convolution would make its gradient slow again.
         padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         y = jax.lax.conv_general_dilated(
             padded, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         batch, height, width = x.shape[:3]
         y = y.reshape(*y.shape[:3], 2, 2, outputs)
-        # A pixel lies before or behind the centre of its place, by which the places
-        # that it comes from move on.
+        # The two output rows (a) of an input row see windows that start one row apart;
+        # the same holds for columns (b).
         rows = [
             [
                 y[:, pad * a : pad * a + height, pad * b : pad * b + width, a, b]
@@ -172,18 +180,24 @@ class UpConv(nnx.ConvTranspose):
 
 
 class Identity(nnx.Module):
-    """What stands where a network goes without a normalisation."""
+    """Takes the place of a normalisation in networks without one."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns its input."""
         return x
 
 
+Normalization = BatchNorm | FrozenBatchNorm | GroupNorm | InstanceNorm | Identity
+
+
 def standardize(kernel: jax.Array) -> jax.Array:
-    """Weight Standardization: each output channel's kernel to mean 0 and variance 1.
+    """Standardizes a kernel to mean 0 and variance 1 for every output channel.
 
     Args:
       kernel: (..., inputs, outputs).
+
+    Returns:
+      An array of the same shape and dtype.
 
     References:
       S. Qiao, H. Wang, C. Liu, W. Shen, A. Yuille, `Micro-Batch Training with
@@ -196,25 +210,30 @@ def standardize(kernel: jax.Array) -> jax.Array:
     return (kernel - mean) * jax.lax.rsqrt(variance + 1e-5)
 
 
-def _standardize_and_promote(arrays, *, dtype):
+def _standardize_and_promote(
+    arrays: tuple[jax.Array, jax.Array, jax.Array | None], *, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     inputs, kernel, bias = arrays
     return dtypes.promote_dtype((inputs, standardize(kernel), bias), dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Layers:
-    """Makes the layers of one network.
+    """Creates the layers of one network.
 
     Attributes:
-      rngs: where the keys of parameters and dropout come from.
-      norm: what follows a convolution. "frozen_batch" is batch normalisation with
-        constant statistics, scale and bias; "instance" has no parameters. With
-        "instance" and "none" convolutions have a bias.
+      rngs: the source of keys for parameters and dropout.
+      norm: the normalisation that follows a convolution. "frozen_batch" is batch
+        normalisation with constant statistics, scale and bias. "instance" has no
+        parameters. With "instance" and "none" convolutions have a bias.
       weight_standardization: whether convolutions use standardized kernels.
-      dtype: of the computation, such as `jnp.bfloat16`; None for that of inputs and
-        parameters together. Normalisation and the last layer are in float32 at
-        least.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation, such as `jnp.bfloat16`. None promotes inputs and
+        parameters to a common dtype. Normalisation and the last layer use at least
+        float32.
+      param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: if there is no such norm.
     """
 
     rngs: nnx.Rngs
@@ -240,9 +259,9 @@ class Layers:
         use_bias: bool | None = None,
         kernel_init: nnx.Initializer = he_fan_out,
     ) -> nnx.Conv:
-        """A convolution padded by zeros on all sides alike, also under a stride.
+        """Returns a convolution with the same zero padding on all sides.
 
-        It has a bias where it is asked for, or where no normalisation brings one.
+        With `use_bias=None` it has a bias if the normalisation brings none.
         """
         return nnx.Conv(
             inputs,
@@ -269,7 +288,7 @@ class Layers:
         use_bias: bool | None = None,
         kernel_init: nnx.Initializer = he_fan_out,
     ) -> UpConv:
-        """A transposed convolution of stride 2, which doubles height and width."""
+        """Returns a transposed convolution, which doubles height and width."""
         return UpConv(
             inputs,
             outputs,
@@ -284,7 +303,7 @@ class Layers:
 
     @property
     def needs_bias(self) -> bool:
-        """Whether the normalisation leaves out a bias."""
+        """Whether the normalisation has no bias of its own."""
         return self.norm in ("instance", "none")
 
     @property
@@ -297,13 +316,17 @@ class Layers:
         channels: int,
         *,
         scale_init: nnx.Initializer = nnx.initializers.ones,
-    ) -> nnx.Module:
-        """The normalisation of `channels`."""
+    ) -> Normalization:
+        """Returns the normalisation of `channels`."""
         if self.norm == "none":
             return Identity()
         if self.norm == "frozen_batch":
             return FrozenBatchNorm(channels, param_dtype=self.param_dtype)
-        kinds = {"batch": BatchNorm, "group": GroupNorm, "instance": InstanceNorm}
+        kinds: dict[str, Callable[..., BatchNorm | GroupNorm | InstanceNorm]] = {
+            "batch": BatchNorm,
+            "group": GroupNorm,
+            "instance": InstanceNorm,
+        }
         return kinds[self.norm](
             channels,
             scale_init=scale_init,
@@ -317,16 +340,19 @@ class Layers:
         outputs: int,
         kernel_init: nnx.Initializer = lecun_normal,
     ) -> nnx.Linear:
-        """The last layer of a classifier, in float32 at least."""
+        """Returns the last layer of a classifier, which uses at least float32."""
         return self.precise().linear(inputs, outputs, kernel_init=kernel_init)
 
     def precise(self) -> "Layers":
-        """For a last layer: float32 at least, and kernels as they are."""
+        """Returns layers for the end of a network.
+
+        They use at least float32 and no weight standardization.
+        """
         dtype = self.dtype and jnp.promote_types(self.dtype, jnp.float32)
         return dataclasses.replace(self, dtype=dtype, weight_standardization=False)
 
-    def linear(self, inputs: int, outputs: int, **options) -> nnx.Linear:
-        """A linear layer inside a network."""
+    def linear(self, inputs: int, outputs: int, **options: Any) -> nnx.Linear:
+        """Returns a linear layer inside a network."""
         return nnx.Linear(
             inputs,
             outputs,
@@ -337,28 +363,92 @@ class Layers:
         )
 
 
-def apply(block: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
-    """Applies a block; with remat its activations are computed again for gradients."""
+class ConvNorm(nnx.List[nnx.Conv | Normalization]):
+    """A convolution, its normalisation and an activation.
+
+    Args:
+      conv: the convolution.
+      layers: creates the normalisation.
+      activation: the activation; None for none.
+    """
+
+    def __init__(
+        self,
+        conv: nnx.Conv,
+        *,
+        layers: Layers,
+        activation: Callable[[jax.Array], jax.Array] | None = nnx.relu,
+    ):
+        super().__init__([conv, layers.normalize(conv.out_features)])
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
+        conv, norm = self
+        x = norm(conv(x))
+        return x if self.activation is None else self.activation(x)
+
+
+class DoubleConv(nnx.Dict[nnx.Conv | Normalization]):
+    """Two 3x3 convolutions, each with its normalisation and a ReLU.
+
+    Args:
+      inputs: channels of the input.
+      width: channels between the convolutions.
+      outputs: channels of the output.
+      layers: creates the layers.
+    """
+
+    def __init__(self, inputs: int, width: int, outputs: int, *, layers: Layers):
+        # The keys count the ReLUs too, as in PyTorch's `Sequential`.
+        super().__init__(
+            {
+                "0": layers.conv(inputs, width),
+                "1": layers.normalize(width),
+                "3": layers.conv(width, outputs),
+                "4": layers.normalize(outputs),
+            }
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, inputs) to (batch, height, width, outputs)."""
+        x = nnx.relu(self["1"](self["0"](x)))
+        return nnx.relu(self["4"](self["3"](x)))
+
+
+def apply(
+    block: Callable[[jax.Array], jax.Array], x: jax.Array, *, remat: bool
+) -> jax.Array:
+    """Applies a block to `x`.
+
+    With `remat`, gradients recompute the activations inside the block: this takes less
+    memory and more time.
+    """
     if remat:
-        return nnx.remat(lambda block, x: block(x))(block, x)
+        y: jax.Array = nnx.remat(lambda block, x: block(x))(block, x)
+        return y
     return block(x)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-    """Maximum over windows, padded on all sides alike."""
-    return nnx.max_pool(x, (size, size), (stride, stride), [(padding, padding)] * 2)
+    """Returns the maximum over windows, with the same padding on all sides."""
+    y: jax.Array = nnx.max_pool(
+        x, (size, size), (stride, stride), [(padding, padding)] * 2
+    )
+    return y
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """Mean over disjoint windows of two by two pixels."""
-    return nnx.avg_pool(x, (2, 2), (2, 2))
+    """Returns the mean over disjoint windows of two by two pixels."""
+    y: jax.Array = nnx.avg_pool(x, (2, 2), (2, 2))
+    return y
 
 
 def pooling_matrix(size: int, bins: int) -> jax.Array:
-    """Weights (bins, size) that average `size` entries into `bins` of even width.
+    """Returns weights (bins, size) that average `size` entries into `bins` bins.
 
-    Bins of a size that they do not divide overlap by an entry, as in PyTorch's
-    adaptive pooling.
+    If `bins` does not divide `size`, neighbouring bins overlap by an entry, as in
+    PyTorch's adaptive pooling.
     """
     rows = []
     for i in range(bins):
@@ -369,20 +459,24 @@ def pooling_matrix(size: int, bins: int) -> jax.Array:
 
 
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
-    """Averages (batch, height, width, channels) into (batch, bins, bins, channels)."""
+    """Averages (batch, height, width, channels) to (batch, bins, bins, channels)."""
     rows = pooling_matrix(x.shape[1], bins).astype(x.dtype)
     columns = pooling_matrix(x.shape[2], bins).astype(x.dtype)
     return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns)
 
 
 def resize(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Bilinear resizing of (batch, ..., ..., channels), corners of pixels aligned."""
+    """Resizes (batch, ..., ..., channels) bilinearly to (batch, height, width, ...).
+
+    The centres of pixels lie at halves, as in PyTorch with `align_corners=False`.
+    """
     shape = (x.shape[0], height, width, x.shape[3])
-    return jax.image.resize(x, shape, "bilinear", antialias=False)
+    y: jax.Array = jax.image.resize(x, shape, "bilinear", antialias=False)
+    return y
 
 
 class ImageShapeError(ValueError):
-    """Images have a shape that a network cannot take."""
+    """Images have a shape that the network does not take."""
 
 
 def check_images(
@@ -393,22 +487,22 @@ def check_images(
     multiple: int = 1,
     exactly: int | None = None,
 ) -> None:
-    """Refuses images that a network cannot take.
+    """Raises an error if a network does not take images of this shape.
 
     Args:
       images: should be (batch, height, width, channels).
-      channels: that the network takes.
+      channels: the number of channels that the network takes.
       at_least: the smallest height and width.
-      multiple: what height and width are divided by in the network.
-      exactly: the only height and width, if there is only one.
+      multiple: the number that height and width must be multiples of.
+      exactly: the only height and width that the network takes, if there is only one.
 
     Raises:
-      ImageShapeError: if they do not fit; the message says what would.
+      ImageShapeError: if the images do not fit; the message says which would.
     """
     if images.ndim != 4 or images.shape[-1] != channels:
         raise ImageShapeError(
             f"images must be (batch, height, width, {channels}), got "
-            f"{images.shape}; a network for other channels is made with in_channels"
+            f"{images.shape}; for other channels create the network with in_channels"
         )
     height, width = images.shape[1:3]
     if min(height, width) < at_least:
@@ -417,8 +511,8 @@ def check_images(
         )
     if exactly is not None and (height, width) != (exactly, exactly):
         raise ImageShapeError(
-            f"images must be {exactly}x{exactly}, got {height}x{width}; a network for "
-            "another size is made with image_size"
+            f"images must be {exactly}x{exactly}, got {height}x{width}; for another "
+            "size create the network with image_size"
         )
     if height % multiple or width % multiple:
         down, up = (

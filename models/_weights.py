@@ -1,9 +1,8 @@
-"""Weights in safetensors files, named and laid out as in torchvision and timm.
+"""Reads and writes weights in safetensors files, laid out as in torchvision and timm.
 
-A name in a file is the path of a module and PyTorch's name of its array. Networks
-name their modules as torchvision or timm does, so that the path needs no translation;
-where the two differ, the network's `OTHER_NAMES` has functions from its names to the
-others, and `OTHER_SHAPES` the shapes that are others there.
+A name in a file is the path of a module and PyTorch's name of its array. Networks name
+their modules as torchvision or timm does, so paths need no translation. Where these two
+differ, `Network.other_names` and `Network.other_shapes` translate.
 """
 
 import dataclasses
@@ -19,14 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
 from models._layers import FrozenBatchNorm, UpConv
+from models._network import Network
 
 Naming = Literal["torchvision", "timm"]
 
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
-# PyTorch's counter of batches, which nothing reads.
+# Names of PyTorch's counters of batches end in this. Nothing reads them.
 _UNUSED = "num_batches_tracked"
-# Others are quantized: numbers without the scale that they are to be read with.
+# Arrays of other dtypes are quantized, and their scales are missing.
 _DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+_Variable = nnx.Variable[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,12 +37,12 @@ class _Slot:
     """One array of a file.
 
     Attributes:
-      variables: the model's variables that it is made of.
-      to_torch: (values of the variables) -> the array as in PyTorch.
-      from_torch: the inverse.
+      variables: the variables of the model whose values the array holds.
+      to_torch: a function from the values to the array as in PyTorch.
+      from_torch: the inverse of `to_torch`.
     """
 
-    variables: tuple[nnx.Variable, ...]
+    variables: tuple[_Variable, ...]
     to_torch: Callable[..., jax.Array]
     from_torch: Callable[[jax.Array], tuple[jax.Array, ...]]
 
@@ -49,15 +52,16 @@ class _Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return jax.eval_shape(self.to_torch, *self.values).shape
+        shape: tuple[int, ...] = jax.eval_shape(self.to_torch, *self.values).shape
+        return shape
 
 
-def _as_it_is(variable: nnx.Variable) -> _Slot:
+def _unchanged(variable: _Variable) -> _Slot:
     return _Slot((variable,), lambda x: x, lambda x: (x,))
 
 
-def _conv(kernel: nnx.Variable) -> _Slot:
-    # (height, width, in, out) here, (out, in, height, width) there.
+def _conv(kernel: _Variable) -> _Slot:
+    # (height, width, in, out) in Flax, (out, in, height, width) in PyTorch.
     return _Slot(
         (kernel,),
         lambda k: k.transpose(3, 2, 0, 1),
@@ -65,7 +69,7 @@ def _conv(kernel: nnx.Variable) -> _Slot:
     )
 
 
-def _conv_transpose(kernel: nnx.Variable) -> _Slot:
+def _conv_transpose(kernel: _Variable) -> _Slot:
     # PyTorch's is the gradient of a convolution: mirrored, and (in, out, ...).
     return _Slot(
         (kernel,),
@@ -74,12 +78,15 @@ def _conv_transpose(kernel: nnx.Variable) -> _Slot:
     )
 
 
-def _linear(kernel: nnx.Variable) -> _Slot:
+def _linear(kernel: _Variable) -> _Slot:
     return _Slot((kernel,), lambda k: k.T, lambda w: (w.T,))
 
 
 def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
-    """Query, key and value in one matrix, one above the other, heads side by side."""
+    """Returns the arrays of an attention, by PyTorch's names.
+
+    PyTorch stacks query, key and value in one matrix, with the heads side by side.
+    """
     parts = (module.query, module.key, module.value)
     heads, width, outputs = module.num_heads, module.in_features, module.out_features
 
@@ -92,7 +99,7 @@ def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
     return {
         "qkv.weight": _Slot(tuple(part.kernel for part in parts), fuse, split),
         "qkv.bias": _Slot(
-            tuple(part.bias for part in parts),
+            tuple(_bias(part) for part in parts),
             lambda *biases: jnp.concatenate([b.reshape(-1) for b in biases]),
             lambda bias: tuple(b.reshape(heads, -1) for b in jnp.split(bias, 3)),
         ),
@@ -101,15 +108,16 @@ def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
             lambda k: k.reshape(-1, outputs).T,
             lambda w: (w.T.reshape(heads, -1, outputs),),
         ),
-        "proj.bias": _as_it_is(module.out.bias),
+        "proj.bias": _unchanged(_bias(module.out)),
     }
 
 
-_KERNELS = {
-    nnx.Conv: _conv,
-    UpConv: _conv_transpose,
-    nnx.Linear: _linear,
-}
+def _bias(module: nnx.LinearGeneral) -> _Variable:
+    if module.bias is None:
+        raise ValueError("attention without biases has no layout in a weights file")
+    return module.bias
+
+
 _NORMS = (
     nnx.BatchNorm,
     FrozenBatchNorm,
@@ -126,13 +134,16 @@ _NORM_NAMES = {
 
 
 def _slots_of(module: nnx.Module) -> dict[str, _Slot]:
-    """The arrays of a module itself, by PyTorch's names."""
+    """Returns the arrays of a module without those of its submodules.
+
+    Keys are PyTorch's names.
+    """
     if isinstance(module, nnx.MultiHeadAttention):
         return _attention(module)
-    if isinstance(module, tuple(_KERNELS)):
-        slots = {"weight": _KERNELS[type(module)](module.kernel)}
+    if isinstance(module, nnx.Conv | UpConv | nnx.Linear):
+        slots = {"weight": _weight(module)}
         if module.bias is not None:
-            slots["bias"] = _as_it_is(module.bias)
+            slots["bias"] = _unchanged(module.bias)
         return slots
     variables = {
         name: value
@@ -141,53 +152,65 @@ def _slots_of(module: nnx.Module) -> dict[str, _Slot]:
     }
     if isinstance(module, _NORMS):
         variables = {_NORM_NAMES[name]: value for name, value in variables.items()}
-    return {name: _as_it_is(variable) for name, variable in variables.items()}
+    return {name: _unchanged(variable) for name, variable in variables.items()}
 
 
-def _slots(model: nnx.Module) -> dict[str, _Slot]:
-    """All arrays of a model, by the names of its own modules."""
+def _weight(module: nnx.Conv | UpConv | nnx.Linear) -> _Slot:
+    if isinstance(module, nnx.Conv):
+        return _conv(module.kernel)
+    if isinstance(module, UpConv):
+        return _conv_transpose(module.kernel)
+    return _linear(module.kernel)
+
+
+def _slots(model: Network) -> dict[str, _Slot]:
+    """Returns all arrays of a model, by the names of its own modules."""
     return {
         ".".join(map(str, (*path, name))): slot
         for path, module in nnx.iter_modules(model)
-        # An attention's own linear maps are in its fused arrays.
+        # The arrays of an attention include those of its linear maps.
         if not isinstance(module, nnx.LinearGeneral)
         for name, slot in _slots_of(module).items()
     }
 
 
-def _renamed(model: nnx.Module, naming: str | None, names: Iterable[str]) -> dict:
-    """Names in a file by the model's own, in the order given."""
-    rename = getattr(model, "OTHER_NAMES", {}).get(naming, lambda name: name)
-    return {name: rename(name) for name in names}
+def _renamed(
+    model: Network, naming: str | None, names: Iterable[str]
+) -> dict[str, str]:
+    """Returns the names in a file by the model's own names, in the order given."""
+    rename = model.other_names.get(naming) if naming else None
+    return {name: rename(name) if rename else name for name in names}
 
 
-def _naming_of(model: nnx.Module, names: Iterable[str], found: set[str]) -> str | None:
-    """The naming of a model under which it shares most names with a file."""
-    namings = (None, *getattr(model, "OTHER_NAMES", {}))
+def _naming_of(model: Network, names: Iterable[str], found: set[str]) -> str | None:
+    """Returns the naming under which a model shares most names with a file."""
+    names = tuple(names)
 
-    def shared(naming: str | None) -> int:
+    def num_shared(naming: str | None) -> int:
         return len(found & set(_renamed(model, naming, names).values()))
 
-    return max(namings, key=shared)
+    return max((None, *model.other_names), key=num_shared)
 
 
-def layout(model: nnx.Module, naming: str | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays in a file, also for a model without values."""
+def layout(model: Network, naming: str | None) -> dict[str, tuple[int, ...]]:
+    """Returns names and shapes of the arrays in a file.
+
+    The model may be abstract (`nnx.eval_shape`).
+    """
     slots = _slots(model)
-    others = getattr(model, "OTHER_SHAPES", {})
     return {
-        in_file: others.get(in_file, slots[name].shape)
+        in_file: model.other_shapes.get(in_file, slots[name].shape)
         for name, in_file in _renamed(model, naming, slots).items()
     }
 
 
 def save_weights(
-    model: nnx.Module, path: str | os.PathLike[str], *, naming: Naming | None = None
+    model: Network, path: str | os.PathLike[str], *, naming: Naming | None = None
 ) -> None:
     """Writes parameters and running statistics to a safetensors file.
 
-    Arrays have PyTorch's layout and the names of torchvision, or of timm for vision
-    transformers. The file is complete or not there at all.
+    Arrays have PyTorch's layout and the names of torchvision, or those of timm for
+    vision transformers. The file appears only when it is complete.
 
     >>> import models, tempfile
     >>> from flax import nnx
@@ -200,14 +223,14 @@ def save_weights(
     True
 
     Args:
-      model: any network of `models.create`.
-      path: of the file.
-      naming: whose names to use for networks that have different ones in torchvision
-        and timm: VGG, MobileNetV2 and ViT in their ImageNet form.
+      model: a network. One of your own must subclass `Network`.
+      path: path of the file. An existing file is replaced.
+      naming: the library whose names to use, for networks whose names differ between
+        torchvision and timm: VGG, MobileNetV2 and ViT in their ImageNet form.
 
     Raises:
       ValueError: if there is no such naming.
-      FileNotFoundError: if there is no such folder.
+      FileNotFoundError: if the folder of the file does not exist.
     """
     if naming not in (None, *get_args(Naming)):
         known = ", ".join(get_args(Naming))
@@ -215,7 +238,7 @@ def save_weights(
     slots, shapes = _slots(model), layout(model, naming)
     arrays = {}
     for name, in_file in _renamed(model, naming, slots).items():
-        # On the host, where a new shape needs no compiling.
+        # On the host, because there new shapes need no compilation.
         array = slots[name].to_torch(*jax.device_get(slots[name].values))
         arrays[in_file] = array.reshape(shapes[in_file]).copy()
     path = Path(path)
@@ -228,25 +251,26 @@ def save_weights(
 
 
 def load_weights(
-    model: nnx.Module, path: str | os.PathLike[str], *, new_head: bool = False
+    model: Network, path: str | os.PathLike[str], *, new_head: bool = False
 ) -> None:
     """Reads parameters and running statistics from a safetensors file into a model.
 
     Files of torchvision and timm fit ResNet, ResNeXt, DenseNet, VGG, MobileNetV2, ViT
-    and DeiT, whichever names they use; those of `save_weights` fit any network. A
-    backbone, such as `pspnet.backbone`, is a model too. Values take the dtype of the
-    model's variables. Either all are read or, after an error, none.
+    and DeiT, with the names of either library. Files of `save_weights` fit any network.
+    A backbone, such as `pspnet.backbone`, is a network too. Values are cast to the
+    dtype of the model's variables. After an error the model is unchanged.
 
     Args:
-      model: the network to change.
-      path: of the file.
-      new_head: leave the last layer as it is and the file's unread, for another number
-        of classes or a backbone that has none.
+      model: the network to change. One of your own must subclass `Network`.
+      path: path of the file.
+      new_head: whether to skip the layers below `model.head_paths`: those of the model
+        stay as they are, and those in the file are ignored. This is for another number
+        of classes, or for a backbone, which has no head.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is no safetensors file, or does not fit the model. All
-        missing, unexpected, wrongly shaped and quantized arrays are listed.
+      ValueError: if the file is not a safetensors file or does not fit the model. The
+        message lists all missing, unexpected, wrongly shaped and quantized arrays.
     """
     path = Path(path)
     if path.suffix.lower() in _PICKLES:
@@ -256,13 +280,13 @@ def load_weights(
     try:
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     with file:
         slots = _slots(model)
         found = {name for name in file.keys() if not name.endswith(_UNUSED)}  # noqa: SIM118
         naming = _naming_of(model, slots, found)
         in_file, shapes = _renamed(model, naming, slots), layout(model, naming)
-        head = tuple(f"{layer}." for layer in getattr(model, "HEAD", ()))
+        head = tuple(f"{module}." for module in model.head_paths)
         unexpected = found - set(in_file.values())
         in_head = {name for name in unexpected if name.startswith(head)}
         in_head |= {in_file[name] for name in in_file if name.startswith(head)}
@@ -278,17 +302,19 @@ def load_weights(
             shape, dtype = tuple(array.get_shape()), array.get_dtype()
             if shape != shapes[theirs]:
                 problems[theirs] = (
-                    f"{theirs} is {shape}, but {shapes[theirs]} in the model"
+                    f"{theirs} has shape {shape}, but {shapes[theirs]} in the model"
                 )
             elif dtype not in _DTYPES:
-                problems[theirs] = f"{theirs} is of {dtype}, not a floating-point type"
+                problems[theirs] = (
+                    f"{theirs} has dtype {dtype}, which is not a floating-point type"
+                )
         problems |= {name: f"unexpected: {name}" for name in sorted(unexpected)}
         if problems:
             message = [f"{path} does not fit this {type(model).__name__}:"]
             message += problems.values()
             if in_head & problems.keys():
                 message.append(
-                    "if only the last layer differs: new_head=True leaves it as it is"
+                    "if only the last layer differs, skip it with new_head=True"
                 )
             raise ValueError("\n  ".join(message))
         for name, theirs in in_file.items():
@@ -300,13 +326,13 @@ def load_weights(
 
 def _pickle_message(path: Path) -> str:
     return (
-        f"{path} is a pickle file, which can run code when it is opened; only "
-        "safetensors files are read. Convert it once, where PyTorch and safetensors "
-        "are installed:\n"
+        f"{path} is a pickle file. Opening one can run any code, so only safetensors "
+        "files are read. Convert it once, where PyTorch and safetensors are "
+        "installed:\n"
         "  import torch, safetensors.torch\n"
         f"  weights = torch.load({str(path)!r}, map_location='cpu', "
         "weights_only=True)\n"
-        "  weights = weights.get('model', weights)  # DeiT's are one level down\n"
+        "  weights = weights.get('model', weights)  # for files of DeiT\n"
         "  weights = {name: w.contiguous() for name, w in weights.items()}\n"
         f"  safetensors.torch.save_file(weights, "
         f"{str(path.with_suffix('.safetensors'))!r})"

@@ -7,19 +7,21 @@ import functools
 import re
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
+from models._entry import CONVOLUTION, Entry, classifier, form
 from models._layers import Layers, apply, average_pool, check_images, max_pool
+from models._network import Images, Logits, Network
 
 _IN_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
 
 
 class DenseLayer(nnx.Module):
-    """Appends `growth` channels, made from all channels so far."""
+    """Appends `growth` channels, computed from all channels so far."""
 
     def __init__(self, inputs: int, growth: int, *, layers: Layers):
         self.norm1 = layers.normalize(inputs)
@@ -35,7 +37,7 @@ class DenseLayer(nnx.Module):
 
 
 class Transition(nnx.Module):
-    """Halves channels and resolution."""
+    """Halves the number of channels and the resolution."""
 
     def __init__(self, inputs: int, *, layers: Layers):
         self.norm = layers.normalize(inputs)
@@ -46,27 +48,27 @@ class Transition(nnx.Module):
         return average_pool(self.conv(nnx.relu(self.norm(x))))
 
 
-class DenseNet(nnx.Module):
-    """A network whose layers each see the outputs of all before them.
+class DenseNet(Network):
+    """A network whose layers each take the outputs of all layers before them.
 
     Args:
       block_sizes: number of layers in each dense block.
-      num_classes: number of output logits.
-      layers: makes its layers.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      growth: channels that a layer appends.
-      small_images: whether the stem is a 3x3 convolution at full resolution, and not
-        a 7x7 one of stride 2 with normalisation and max pooling.
-      remat: whether activations inside a layer are computed again for gradients.
+      growth: number of channels that a layer appends.
+      small_images: whether the stem is a 3x3 convolution at full resolution instead of
+        a 7x7 convolution of stride 2 with normalisation and max pooling.
+      remat: whether gradients recompute the activations inside a layer.
 
     References:
       G. Huang, Z. Liu, L. van der Maaten, K. Weinberger, `Densely Connected
       Convolutional Networks <https://arxiv.org/abs/1608.06993>`_, 2016
     """
 
-    HEAD = ("classifier",)
-    # The names in the file that torchvision's own weights are published in.
-    OTHER_NAMES = MappingProxyType(
+    head_paths = ("classifier",)
+    # The names in the file in which torchvision publishes its weights.
+    other_names = MappingProxyType(
         {"torchvision, 2017": functools.partial(re.sub, _IN_DENSE_LAYER, r"\1.\2")}
     )
 
@@ -82,14 +84,14 @@ class DenseNet(nnx.Module):
         remat: bool = False,
     ):
         channels = 2 * growth
-        features: dict[str, nnx.Module] = {}
+        features: dict[str, Any] = {}
         if small_images:
             features["conv0"] = layers.conv(in_channels, channels)
         else:
             features["conv0"] = layers.conv(in_channels, channels, 7, stride=2)
             features["norm0"] = layers.normalize(channels)
         for i, size in enumerate(block_sizes, start=1):
-            block = {}
+            block: dict[str, DenseLayer] = {}
             for j in range(1, size + 1):
                 block[f"denselayer{j}"] = DenseLayer(channels, growth, layers=layers)
                 channels += growth
@@ -105,7 +107,7 @@ class DenseNet(nnx.Module):
         self.small_images = small_images
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, height, width, channels) to logits."""
         check_images(images, self.in_channels, at_least=8 if self.small_images else 32)
         x = self.features["conv0"](images)
@@ -122,17 +124,14 @@ class DenseNet(nnx.Module):
 
 
 def _entry(name: str, num_parameters: int, *, small_images: bool) -> Entry:
-    form = "CIFAR" if small_images else "ImageNet"
-    return Entry(
-        name=name,
-        task="classification",
-        description=f"DenseNet-121 with growth 32 in {form} form",
-        paper="Huang et al., 2016, https://arxiv.org/abs/1608.06993",
-        input_shape=(32, 32, 3) if small_images else (224, 224, 3),
-        published={"num_classes": 10 if small_images else 1000},
-        num_parameters=num_parameters,
+    return classifier(
+        name,
+        f"DenseNet-121 with growth 32 {form(small_images=small_images)}",
+        "Huang et al., 2016, https://arxiv.org/abs/1608.06993",
+        num_parameters,
+        functools.partial(DenseNet, (6, 12, 24, 16), small_images=small_images),
         options=("num_classes", "in_channels", "remat", *CONVOLUTION),
-        build=functools.partial(DenseNet, (6, 12, 24, 16), small_images=small_images),
+        small_images=small_images,
     )
 
 

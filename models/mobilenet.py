@@ -9,8 +9,9 @@ from types import MappingProxyType
 import jax
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
-from models._layers import Layers, apply, check_images
+from models._entry import CONVOLUTION, Entry, classifier, form
+from models._layers import ConvNorm, Layers, Normalization, apply, check_images
+from models._network import Images, Logits, Network
 
 # (expansion, channels, blocks, stride) of each stage.
 _STAGES = (
@@ -25,7 +26,7 @@ _STAGES = (
 
 
 def _timm_names() -> dict[str, str]:
-    """Names of timm's layers by those of torchvision's."""
+    """Returns the names of timm's layers by those of torchvision's."""
     names = {
         "features.0.0": "conv_stem",
         "features.0.1": "bn1",
@@ -56,30 +57,25 @@ def _timm_name(name: str) -> str:
     return f"{_TIMM_NAMES.get(layer, layer)}.{leaf}"
 
 
-class ConvNormReLU(nnx.List):
-    """A convolution, a normalisation and a ReLU, cut off above 6 if asked for."""
-
-    def __init__(self, conv: nnx.Conv, *, cut_off: bool, layers: Layers):
-        super().__init__([conv, layers.normalize(conv.out_features)])
-        self.activation = nnx.relu6 if cut_off else nnx.relu
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
-        conv, norm = self
-        return self.activation(norm(conv(x)))
+def _activated(conv: nnx.Conv, *, small_images: bool, layers: Layers) -> ConvNorm:
+    activation = nnx.relu if small_images else nnx.relu6
+    return ConvNorm(conv, layers=layers, activation=activation)
 
 
 class InvertedResidual(nnx.Module):
-    """1x1 to more channels, 3x3 on each channel alone, 1x1 to fewer without a ReLU.
+    """A block that is wide inside and narrow at both ends.
+
+    A 1x1 convolution expands the channels, a 3x3 convolution filters each of them, and
+    another 1x1 convolution, which has no ReLU, reduces them again.
 
     Args:
       inputs: channels of the input.
       outputs: channels of the output.
-      expansion: channels in between for each of the input.
-      stride: of the 3x3 convolution.
-      small_images: whether an expansion of 1 has its 1x1 convolution too, and a
-        shortcut to other channels one of its own, without a ReLU.
-      layers: makes its layers.
+      expansion: ratio of inner channels to input channels.
+      stride: stride of the 3x3 convolution.
+      small_images: whether the first 1x1 convolution stays with an expansion of 1, and
+        a shortcut to another number of channels is a 1x1 convolution.
+      layers: creates the layers.
     """
 
     def __init__(
@@ -94,16 +90,16 @@ class InvertedResidual(nnx.Module):
     ):
         width = inputs * expansion
         activated = functools.partial(
-            ConvNormReLU, cut_off=not small_images, layers=layers
+            _activated, small_images=small_images, layers=layers
         )
-        steps = []
+        steps: list[ConvNorm | nnx.Conv | Normalization] = []
         if expansion > 1 or small_images:
             steps.append(activated(layers.conv(inputs, width, 1)))
         steps.append(activated(layers.conv(width, width, stride=stride, groups=width)))
         steps += [layers.conv(width, outputs, 1), layers.normalize(outputs)]
         self.conv = nnx.List(steps)
         self.has_shortcut = stride == 1 and (inputs == outputs or small_images)
-        self.shortcut = nnx.List([])
+        self.shortcut: nnx.List[nnx.Conv | Normalization] = nnx.List([])
         if self.has_shortcut and inputs != outputs:
             projection = layers.conv(inputs, outputs, 1)
             self.shortcut = nnx.List([projection, layers.normalize(outputs)])
@@ -118,26 +114,27 @@ class InvertedResidual(nnx.Module):
         return y + shortcut if self.has_shortcut else y
 
 
-class MobileNetV2(nnx.Module):
+class MobileNetV2(Network):
     """A network of inverted residuals for small devices.
 
-    The form for small images keeps the resolution in its stem and second stage, has a
-    plain ReLU and more shortcuts, as the CIFAR code has that published counts are of.
+    The form for small images keeps the resolution in its stem and second stage. It uses
+    ReLU instead of ReLU6 and has more shortcuts. So does the CIFAR code from which the
+    published parameter counts are.
 
     Args:
-      num_classes: number of output logits.
-      layers: makes its layers.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      small_images: whether it has the form for them.
-      remat: whether activations inside a block are computed again for gradients.
+      small_images: whether the network has the form for small images.
+      remat: whether gradients recompute the activations inside a block.
 
     References:
       M. Sandler, A. Howard, M. Zhu, A. Zhmoginov, L.-C. Chen, `MobileNetV2: Inverted
       Residuals and Linear Bottlenecks <https://arxiv.org/abs/1801.04381>`_, 2018
     """
 
-    HEAD = ("classifier.1",)
-    OTHER_NAMES = MappingProxyType({"timm": _timm_name})
+    head_paths = ("classifier.1",)
+    other_names = MappingProxyType({"timm": _timm_name})
 
     def __init__(
         self,
@@ -149,10 +146,11 @@ class MobileNetV2(nnx.Module):
         remat: bool = False,
     ):
         activated = functools.partial(
-            ConvNormReLU, cut_off=not small_images, layers=layers
+            _activated, small_images=small_images, layers=layers
         )
         stem_stride = 1 if small_images else 2
-        features = [activated(layers.conv(in_channels, 32, stride=stem_stride))]
+        stem = activated(layers.conv(in_channels, 32, stride=stem_stride))
+        features: list[ConvNorm | InvertedResidual] = [stem]
         channels = 32
         for i, (expansion, outputs, blocks, stride) in enumerate(_STAGES):
             for j in range(blocks):
@@ -181,27 +179,27 @@ class MobileNetV2(nnx.Module):
         self.in_channels = in_channels
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, height, width, channels) to logits."""
         check_images(images, self.in_channels)
         x = images
         for block in self.features:
             x = apply(block, x, remat=self.remat)
-        dropout, head = self.classifier
-        return head(dropout(x.mean(axis=(1, 2))))
+        x = x.mean(axis=(1, 2))
+        for layer in self.classifier:
+            x = layer(x)
+        return x
 
 
 def _entry(name: str, num_parameters: int, *, small_images: bool) -> Entry:
-    return Entry(
-        name=name,
-        task="classification",
-        description=f"MobileNetV2 in {'CIFAR' if small_images else 'ImageNet'} form",
-        paper="Sandler et al., 2018, https://arxiv.org/abs/1801.04381",
-        input_shape=(32, 32, 3) if small_images else (224, 224, 3),
-        published={"num_classes": 10 if small_images else 1000},
-        num_parameters=num_parameters,
+    return classifier(
+        name,
+        f"MobileNetV2 {form(small_images=small_images)}",
+        "Sandler et al., 2018, https://arxiv.org/abs/1801.04381",
+        num_parameters,
+        functools.partial(MobileNetV2, small_images=small_images),
         options=("num_classes", "in_channels", "remat", *CONVOLUTION),
-        build=functools.partial(MobileNetV2, small_images=small_images),
+        small_images=small_images,
     )
 
 

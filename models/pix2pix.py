@@ -1,34 +1,37 @@
-"""The generators and discriminators of pix2pix, in the form of its PyTorch code."""
+"""The generators and discriminators of pix2pix, as in its PyTorch code."""
 
 import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models._entry import CONVOLUTION, Entry
-from models._layers import Identity, Layers, check_images
+from models._layers import Identity, Layers, Normalization, UpConv, check_images
+from models._network import Images, Network, PatchLogits
 
 ISOLA_2016 = "Isola et al., 2016, https://arxiv.org/abs/1611.07004"
 
 _normal = nnx.initializers.normal(0.02)
 
 
-def _scale_around_one(key, shape, dtype) -> jax.Array:
+def _scale_around_one(key: jax.Array, shape: Any, dtype: Any = None) -> jax.Array:
     return 1.0 + _normal(key, shape, dtype)
 
 
 class ConvNorm(nnx.Module):
-    """A convolution and, perhaps, its normalisation, with random initial scales."""
+    """A convolution and, if `normalized`, its normalisation.
 
-    def __init__(
-        self, conv: nnx.Conv | nnx.ConvTranspose, normalized: bool, *, layers: Layers
-    ):
+    The initial scales of the normalisation are random.
+    """
+
+    def __init__(self, conv: nnx.Conv | UpConv, normalized: bool, *, layers: Layers):
         self.conv = conv
-        self.norm = Identity()
+        self.norm: Normalization = Identity()
         if normalized:
             channels = conv.out_features
             self.norm = layers.normalize(channels, scale_init=_scale_around_one)
@@ -39,24 +42,24 @@ class ConvNorm(nnx.Module):
 
 
 class _NoiseDropout(nnx.Dropout):
-    """Dropout that is on at test time too: the only noise a generator has."""
+    """Dropout that stays on at test time, where it is the noise of a generator."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x, deterministic=False)
+    def __call__(self, inputs: jax.Array, **options: Any) -> jax.Array:
+        return super().__call__(inputs, **options | {"deterministic": False})
 
 
-class Generator(nnx.Module):
-    """A U-Net that halves an image `depth` times and doubles it again.
+class Generator(Network):
+    """A U-Net that halves the resolution `depth` times and then doubles it again.
 
-    Height and width of images are multiples of 2 to the power of depth; channels of
-    images in and out are between -1 and 1.
+    Height and width of images must be multiples of 2 to the power of depth. Values of
+    input and output images lie in [-1, 1].
 
     Args:
       depth: number of halvings.
-      layers: makes its layers.
+      layers: creates the layers.
       in_channels: channels of the input images.
       out_channels: channels of the output images.
-      width: channels of the first layer; the others have up to eight times as many.
+      width: channels of the first layer. The others have up to eight times as many.
       dropout_at_test: whether dropout stays on at test time, as in the paper.
 
     References:
@@ -82,23 +85,25 @@ class Generator(nnx.Module):
         self.down = nnx.List(down)
         up = []
         for i in range(depth - 1):
-            # All but the innermost get a skip of as many channels besides.
+            # All but the innermost also take a skip with as many channels.
             inputs = widths[-1 - i] * (1 if i == 0 else 2)
-            conv = layers.conv_transpose(inputs, widths[-2 - i], 4, kernel_init=_normal)
-            up.append(ConvNorm(conv, True, layers=layers))
+            doubling = layers.conv_transpose(
+                inputs, widths[-2 - i], 4, kernel_init=_normal
+            )
+            up.append(ConvNorm(doubling, True, layers=layers))
         last = layers.precise().conv_transpose(
             2 * widths[0], out_channels, 4, use_bias=True, kernel_init=_normal
         )
         self.up = nnx.List([*up, ConvNorm(last, False, layers=layers)])
         kind = _NoiseDropout if dropout_at_test else nnx.Dropout
-        # After the blocks that keep the most channels, but for the innermost.
+        # They follow the blocks with the most channels, except the innermost.
         self.dropouts = nnx.List(
             [kind(0.5, rngs=layers.rngs) for _ in range(depth - 5)]
         )
         self.depth = depth
         self.in_channels = in_channels
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Images:
         """Maps float images (batch, height, width, channels) to images in [-1, 1]."""
         check_images(images, self.in_channels, multiple=2**self.depth)
         x, skips = images, []
@@ -115,17 +120,20 @@ class Generator(nnx.Module):
         return jnp.tanh(x)
 
 
-class Discriminator(nnx.Module):
-    """Tells real from made patches of an image; the input stands beside it.
+class Discriminator(Network):
+    """Tells real patches of an image from fake ones.
+
+    It takes the input image and the output image of a generator side by side in the
+    channels.
 
     Args:
-      widths: channels of each layer but the last, which has one.
-      strides: of each layer.
-      kernel_size: of each layer, 4 or 1.
-      last_bias: whether the last convolution has a bias; None for whether those in
-        front of a normalisation have one.
-      layers: makes its layers.
-      in_channels: channels of input and output image together.
+      widths: channels of each layer except the last, which has one.
+      strides: stride of each layer.
+      kernel_size: kernel size of all layers, 4 or 1.
+      last_bias: whether the last convolution has a bias; with None it has one if the
+        convolutions before a normalisation have one.
+      layers: creates the layers.
+      in_channels: channels of input image and output image together.
 
     References:
       P. Isola, J.-Y. Zhu, T. Zhou, A. Efros, `Image-to-Image Translation with
@@ -143,7 +151,7 @@ class Discriminator(nnx.Module):
         in_channels: int = 6,
     ):
         channels = (in_channels, *widths, 1)
-        made = []
+        steps = []
         for i, (inputs, width) in enumerate(itertools.pairwise(channels)):
             is_first, is_last = i == 0, i == len(widths)
             conv = (layers.precise() if is_last else layers).conv(
@@ -154,15 +162,15 @@ class Discriminator(nnx.Module):
                 use_bias=True if is_first else last_bias if is_last else None,
                 kernel_init=_normal,
             )
-            made.append(ConvNorm(conv, not is_first and not is_last, layers=layers))
-        self.layers = nnx.List(made)
+            steps.append(ConvNorm(conv, not is_first and not is_last, layers=layers))
+        self.layers = nnx.List(steps)
         self.in_channels = in_channels
-        # So small an image gives a single patch: without a stride the larger kernel
+        # The smallest image gives a single patch. A kernel of size 4 without a stride
         # loses a pixel.
         lost = strides.count(1) if kernel_size > 1 else 0
         self.at_least = (1 + lost) * math.prod(strides)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> PatchLogits:
         """Maps (batch, height, width, channels) to logits (batch, rows, columns, 1)."""
         check_images(images, self.in_channels, at_least=self.at_least)
         x = images
@@ -191,7 +199,10 @@ def _discriminator(
     name: str,
     description: str,
     num_parameters: int,
-    *form,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    kernel_size: int,
+    *,
     last_bias: bool | None,
 ) -> Entry:
     return Entry(
@@ -203,7 +214,9 @@ def _discriminator(
         published={},
         num_parameters=num_parameters,
         options=("in_channels", *CONVOLUTION),
-        build=functools.partial(Discriminator, *form, last_bias=last_bias),
+        build=functools.partial(
+            Discriminator, widths, strides, kernel_size, last_bias=last_bias
+        ),
     )
 
 

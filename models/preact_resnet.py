@@ -6,42 +6,43 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
+from models._entry import CONVOLUTION, Entry, classifier
 from models._layers import Layers, apply, check_images
+from models._network import Images, Logits, Network
 
 
 class PreActBlock(nnx.Module):
-    """Two 3x3 convolutions, each after its normalisation and ReLU."""
+    """Two 3x3 convolutions, each preceded by its normalisation and a ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, layers: Layers):
         self.bn1 = layers.normalize(inputs)
         self.conv1 = layers.conv(inputs, outputs, stride=stride)
         self.bn2 = layers.normalize(outputs)
         self.conv2 = layers.conv(outputs, outputs)
-        self.downsample = nnx.data(None)
+        self.downsample: nnx.Conv | None = nnx.data(None)
         if stride != 1 or inputs != outputs:
             self.downsample = layers.conv(inputs, outputs, 1, stride=stride)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
         y = nnx.relu(self.bn1(x))
-        # A projection starts from the activation, an identity from the sum itself.
+        # A projection takes the activation, an identity the input of the block.
         shortcut = x if self.downsample is None else self.downsample(y)
         y = nnx.relu(self.bn2(self.conv1(y)))
         return self.conv2(y) + shortcut
 
 
-class PreActResNet(nnx.Module):
+class PreActResNet(Network):
     """A residual network whose sums pass from block to block unchanged.
 
     Args:
       stage_sizes: number of blocks of each stage.
-      num_classes: number of output logits.
-      layers: makes its layers.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
       stem: channels of the first convolution.
-      width: channels of the first stage, doubled by each stage.
-      remat: whether activations inside a block are computed again for gradients.
+      width: channels of the first stage. Each stage doubles them.
+      remat: whether gradients recompute the activations inside a block.
 
     References:
       - K. He, X. Zhang, S. Ren, J. Sun, `Identity Mappings in Deep Residual Networks
@@ -50,7 +51,7 @@ class PreActResNet(nnx.Module):
         <https://arxiv.org/abs/1605.07146>`_, 2016
     """
 
-    HEAD = ("fc",)
+    head_paths = ("fc",)
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class PreActResNet(nnx.Module):
         self.num_stages = len(stage_sizes)
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, height, width, channels) to logits."""
         check_images(images, self.in_channels)
         x = self.conv1(images)
@@ -97,16 +98,14 @@ def _entry(
     stem: int,
     width: int,
 ) -> Entry:
-    return Entry(
-        name=name,
-        task="classification",
-        description=description,
-        paper=paper,
-        input_shape=(32, 32, 3),
-        published={"num_classes": 10},
-        num_parameters=num_parameters,
+    return classifier(
+        name,
+        description,
+        paper,
+        num_parameters,
+        functools.partial(PreActResNet, stage_sizes, stem=stem, width=width),
         options=("num_classes", "in_channels", "remat", *CONVOLUTION),
-        build=functools.partial(PreActResNet, stage_sizes, stem=stem, width=width),
+        small_images=True,
     )
 
 

@@ -3,23 +3,28 @@
 Attributes are named as in torchvision, so that its weights fit by name.
 """
 
+import abc
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
-from models._layers import Layers, apply, check_images, max_pool
+from models._entry import CONVOLUTION, Entry, classifier, form
+from models._layers import ConvNorm, Layers, apply, check_images, max_pool
+from models._network import Images, Logits, Network
 
 HE_2015 = "He et al., 2015, https://arxiv.org/abs/1512.03385"
 XIE_2016 = "Xie et al., 2016, https://arxiv.org/abs/1611.05431"
 
 
 class _PaddedShortcut(nnx.Module):
-    """Option A: every `stride`-th pixel, and zeros for new channels on both sides."""
+    """A shortcut without parameters: option A of He et al.
+
+    It takes every `stride`-th pixel and pads the channels with zeros on both sides.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         self.stride = stride
@@ -31,16 +36,8 @@ class _PaddedShortcut(nnx.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), self.padding))
 
 
-class _Projection(nnx.List):
-    """Option B: a 1x1 convolution and a normalisation."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        conv, norm = self
-        return norm(conv(x))
-
-
 class _Residual(nnx.Module):
-    """A block: its class says what is added to the shortcut."""
+    """A residual block, whose subclass defines the branch beside the shortcut."""
 
     def __init__(
         self,
@@ -52,15 +49,17 @@ class _Residual(nnx.Module):
         layers: Layers,
     ):
         if stride == 1 and inputs == outputs:
-            self.downsample = nnx.data(None)
+            self.downsample: _PaddedShortcut | ConvNorm | None = nnx.data(None)
         elif padded_shortcut:
             self.downsample = _PaddedShortcut(inputs, outputs, stride)
         else:
+            # A 1x1 convolution: option B of He et al.
             conv = layers.conv(inputs, outputs, 1, stride=stride)
-            self.downsample = _Projection([conv, layers.normalize(outputs)])
+            self.downsample = ConvNorm(conv, layers=layers, activation=None)
 
+    @abc.abstractmethod
     def residual(self, x: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        """Returns what is added to the shortcut."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
@@ -91,15 +90,15 @@ class BasicBlock(_Residual):
         )
 
     def residual(self, x: jax.Array) -> jax.Array:
-        """What is added to the shortcut."""
+        """Returns what is added to the shortcut."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
 
 class Bottleneck(_Residual):
-    """A 3x3 convolution, of groups perhaps, between two 1x1 ones.
+    """A 3x3 convolution, which may be grouped, between two 1x1 convolutions.
 
-    The stride is that of the 3x3 convolution, as in torchvision and unlike the paper.
+    The 3x3 convolution has the stride, as in torchvision and unlike in the paper.
     """
 
     def __init__(
@@ -129,37 +128,40 @@ class Bottleneck(_Residual):
         )
 
     def residual(self, x: jax.Array) -> jax.Array:
-        """What is added to the shortcut."""
+        """Returns what is added to the shortcut."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         x = nnx.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
 
-class ResNet(nnx.Module):
-    """A residual network of blocks in stages, each of half the resolution.
+class ResNet(Network):
+    """A residual network, whose stages halve the resolution.
 
     Args:
       stage_sizes: number of blocks of each stage.
-      num_classes: number of output logits; None for a network without a head.
-      layers: makes its layers.
+      num_classes: number of logits; None for a network without a head, which has
+        `features` only.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      width: channels inside the first stage's blocks, doubled by each stage.
-      expansion: channels of a block's output for each one inside; 1 for blocks of
-        two 3x3 convolutions, more for bottlenecks.
-      groups: of a bottleneck's 3x3 convolution; more than one makes it a ResNeXt.
-      stem: kernel size of the first convolution. One of 7 has a stride of 2 and max
-        pooling behind it; smaller ones, for small images, keep the resolution.
+      width: channels inside the blocks of the first stage. Each stage doubles them.
+      expansion: ratio of a block's output channels to its inner channels. 1 gives
+        blocks of two 3x3 convolutions, more gives bottlenecks.
+      groups: groups of a bottleneck's 3x3 convolution. More than one gives a ResNeXt.
+      stem: kernel size of the first convolution. With 7 it has a stride of 2 and is
+        followed by max pooling. Smaller ones keep the resolution of small images.
       padded_shortcut: whether shortcuts to more channels have no parameters (option A
         of He et al.) instead of a 1x1 convolution (option B).
       zero_init_last_norm: whether every block starts as the identity (Goyal et al.,
         2017).
-      remat: whether activations inside a block are computed again for gradients:
-        less memory, about a third more time.
-      strides: of each stage.
-      dilations: of the 3x3 convolutions in each stage, repeated over its blocks.
+      remat: whether gradients recompute the activations inside a block, which takes
+        less memory and about a third more time.
+      strides: stride of each stage.
+      dilations: dilations of the 3x3 convolutions in each stage, repeated over its
+        blocks.
 
     Raises:
-      ValueError: if zero_init_last_norm is asked for where no norm can have it.
+      ValueError: if zero_init_last_norm is set with a norm that has no trained scale,
+        or if a network without a head is called.
 
     References:
       - K. He, X. Zhang, S. Ren, J. Sun, `Deep Residual Learning for Image Recognition
@@ -169,7 +171,7 @@ class ResNet(nnx.Module):
         <https://arxiv.org/abs/1611.05431>`_, 2016
     """
 
-    HEAD = ("fc",)
+    head_paths = ("fc",)
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class ResNet(nnx.Module):
             in_channels, channels, stem, stride=2 if self.halves_in_stem else 1
         )
         self.bn1 = layers.normalize(channels)
-        block = BasicBlock
+        block: Callable[..., _Residual] = BasicBlock
         if expansion > 1:
             block = functools.partial(Bottleneck, expansion=expansion, groups=groups)
         init = nnx.initializers.zeros if zero_init_last_norm else nnx.initializers.ones
@@ -219,15 +221,25 @@ class ResNet(nnx.Module):
                 )
                 channels = (width << i) * expansion
             setattr(self, f"layer{i + 1}", nnx.List(blocks))
-        self.fc = nnx.data(None)
+        self.fc: nnx.Linear | None = nnx.data(None)
         if num_classes is not None:
             self.fc = layers.head(channels, num_classes)
         self.in_channels = in_channels
         self.num_stages = len(stage_sizes)
         self.remat = remat
 
-    def features(self, images: jax.Array) -> list[jax.Array]:
-        """Maps images to the feature map of each stage, the finest first."""
+    def features(self, images: Images) -> list[jax.Array]:
+        """Maps images to the feature map of each stage, the finest first.
+
+        Args:
+          images: (batch, height, width, channels).
+
+        Returns:
+          For each stage an array (batch, rows, columns, features).
+
+        Raises:
+          ImageShapeError: if the number of channels is not that of the network.
+        """
         check_images(images, self.in_channels)
         x = nnx.relu(self.bn1(self.conv1(images)))
         if self.halves_in_stem:
@@ -239,61 +251,47 @@ class ResNet(nnx.Module):
             maps.append(x)
         return maps
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, height, width, channels) to logits."""
+        if self.fc is None:
+            raise ValueError(
+                "a ResNet with num_classes=None has no logits: use features"
+            )
         return self.fc(self.features(images)[-1].mean(axis=(1, 2)))
 
 
 OPTIONS = ("num_classes", "in_channels", "zero_init_last_norm", "remat", *CONVOLUTION)
 
 
-def _imagenet(
+def _entry(
     name: str,
     description: str,
     num_parameters: int,
     stage_sizes: tuple[int, ...],
+    *,
     paper: str = HE_2015,
-    **form: Any,
+    small_images: bool,
+    **options: Any,
 ) -> Entry:
-    return Entry(
-        name=name,
-        task="classification",
-        description=f"{description} in ImageNet form",
-        paper=paper,
-        input_shape=(224, 224, 3),
-        published={"num_classes": 1000},
-        num_parameters=num_parameters,
+    return classifier(
+        name,
+        f"{description} {form(small_images=small_images)}",
+        paper,
+        num_parameters,
+        functools.partial(ResNet, stage_sizes, **options),
         options=OPTIONS,
-        build=functools.partial(ResNet, stage_sizes, **form),
+        small_images=small_images,
     )
 
 
-def _cifar(
-    name: str,
-    description: str,
-    num_parameters: int,
-    stage_sizes: tuple[int, ...],
-    paper: str = HE_2015,
-    stem: Literal[3, 1] = 3,
-    **form: Any,
-) -> Entry:
-    return Entry(
-        name=name,
-        task="classification",
-        description=f"{description} in CIFAR form",
-        paper=paper,
-        input_shape=(32, 32, 3),
-        published={"num_classes": 10},
-        num_parameters=num_parameters,
-        options=OPTIONS,
-        build=functools.partial(ResNet, stage_sizes, stem=stem, **form),
-    )
+_imagenet = functools.partial(_entry, small_images=False)
+_cifar = functools.partial(_entry, small_images=True, stem=3)
 
 
 def _thin(depth: int, num_parameters: int) -> Entry:
     return _cifar(
         f"resnet{depth}",
-        f"ResNet-{depth}, 16 to 64 channels and parameter-free shortcuts,",
+        f"ResNet-{depth} with 16 to 64 channels and parameter-free shortcuts",
         num_parameters,
         (depth // 6,) * 3,
         width=16,

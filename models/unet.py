@@ -2,45 +2,25 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models._entry import CONVOLUTION, Entry
-from models._layers import Layers, check_images, max_pool
+from models._layers import DoubleConv, Layers, check_images, max_pool
+from models._network import Images, Network, PixelLogits
 
 _WIDTHS = (16, 32, 64, 128)
 
 
-class DoubleConv(nnx.Dict):
-    """Twice a 3x3 convolution, its normalisation and a ReLU."""
+class UNet(Network):
+    """A network that goes down to an eighth of the resolution and up again.
 
-    def __init__(self, inputs: int, outputs: int, *, layers: Layers):
-        # The indices count the ReLUs too.
-        super().__init__(
-            {
-                "0": layers.conv(inputs, outputs),
-                "1": layers.normalize(outputs),
-                "3": layers.conv(outputs, outputs),
-                "4": layers.normalize(outputs),
-            }
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (batch, height, width, inputs) to (batch, height, width, outputs)."""
-        x = nnx.relu(self["1"](self["0"](x)))
-        return nnx.relu(self["4"](self["3"](x)))
-
-
-class UNet(nnx.Module):
-    """Four resolutions down and up again, joined at each.
-
-    Logits have the resolution of the images, whose height and width are multiples of
-    8.
+    Skip connections join both paths at each resolution. Logits have the resolution of
+    the images, whose height and width must be multiples of 8.
 
     Args:
       num_classes: number of logits of each pixel.
-      layers: makes its layers.
+      layers: creates the layers.
       in_channels: channels of the input images.
 
     References:
@@ -51,19 +31,21 @@ class UNet(nnx.Module):
     def __init__(self, *, num_classes: int, layers: Layers, in_channels: int = 3):
         self.down = nnx.List(
             [
-                DoubleConv(*step, layers=layers)
-                for step in itertools.pairwise((in_channels, *_WIDTHS))
+                DoubleConv(inputs, width, width, layers=layers)
+                for inputs, width in itertools.pairwise((in_channels, *_WIDTHS))
             ]
         )
         steps = list(itertools.pairwise(_WIDTHS[::-1]))
         self.up = nnx.List(
             [layers.conv_transpose(*step, 2, use_bias=True) for step in steps]
         )
-        self.merge = nnx.List([DoubleConv(*step, layers=layers) for step in steps])
+        self.merge = nnx.List(
+            [DoubleConv(inputs, width, width, layers=layers) for inputs, width in steps]
+        )
         self.head = layers.precise().conv(_WIDTHS[0], num_classes, 1, use_bias=True)
         self.in_channels = in_channels
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> PixelLogits:
         """Maps float images (batch, height, width, channels) to logits of pixels."""
         check_images(images, self.in_channels, multiple=2 ** (len(_WIDTHS) - 1))
         x, skips = images, []

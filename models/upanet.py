@@ -1,4 +1,4 @@
-"""UPANets: dense connections with attention over channels and over pixels."""
+"""UPANets: densely connected networks with attention over channels and pixels."""
 
 import functools
 
@@ -6,22 +6,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
-from models._layers import ImageShapeError, Layers, apply, average_pool, check_images
+from models._entry import CONVOLUTION, Entry, classifier
+from models._layers import (
+    DoubleConv,
+    ImageShapeError,
+    Layers,
+    apply,
+    average_pool,
+    check_images,
+)
+from models._network import Images, Logits, Network
 
 _STAGES = 4
 
 
 def _plain_layer_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Layer normalisation without parameters, in float32, eps 1e-5."""
+    """Layer normalisation without parameters, in float32, with eps of 1e-5."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y - y.mean(axes, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(axes, keepdims=True) + 1e-5)
-    return y.astype(x.dtype)
+    scaled: jax.Array = y * jax.lax.rsqrt((y * y).mean(axes, keepdims=True) + 1e-5)
+    return scaled.astype(x.dtype)
 
 
 class ChannelMap(nnx.Module):
-    """The same linear map over the channels of every pixel, and a normalisation."""
+    """A linear map of the channels of every pixel, and a normalisation."""
 
     def __init__(self, inputs: int, outputs: int, *, layers: Layers):
         self.linear = layers.linear(inputs, outputs)
@@ -33,55 +41,45 @@ class ChannelMap(nnx.Module):
 
 
 class UPABlock(nnx.Module):
-    """Two 3x3 convolutions plus attention over channels ("CPA"), normalised together.
+    """Two 3x3 convolutions plus attention over channels ("CPA"), then layer norm.
 
     Args:
       inputs: channels of the input.
       outputs: channels of the output.
-      with_shortcut: whether a second channel map of the input is added behind the
-        normalisation, as in the first block of a stage.
-      layers: makes its layers.
+      with_shortcut: whether a second channel map of the input is added after the layer
+        norm, as in the first block of a stage.
+      layers: creates the layers.
     """
 
     def __init__(
         self, inputs: int, outputs: int, *, with_shortcut: bool, layers: Layers
     ):
-        # The indices count the activations too.
-        self.convs = nnx.Dict(
-            {
-                "0": layers.conv(inputs, 2 * outputs),
-                "1": layers.normalize(2 * outputs),
-                "3": layers.conv(2 * outputs, outputs),
-                "4": layers.normalize(outputs),
-            }
-        )
+        self.convs = DoubleConv(inputs, 2 * outputs, outputs, layers=layers)
         self.attention = ChannelMap(inputs, outputs, layers=layers)
-        self.shortcut = nnx.data(None)
+        self.shortcut: ChannelMap | None = nnx.data(None)
         if with_shortcut:
             self.shortcut = ChannelMap(inputs, outputs, layers=layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, height, width, outputs)."""
-        y = nnx.relu(self.convs["1"](self.convs["0"](x)))
-        y = nnx.relu(self.convs["4"](self.convs["3"](y)))
-        y = _plain_layer_norm(y + self.attention(x), (1, 2, 3))
+        y = _plain_layer_norm(self.convs(x) + self.attention(x), (1, 2, 3))
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
-class UPANet(nnx.Module):
-    """Four densely connected stages, all of which the last layer sees.
+class UPANet(Network):
+    """Four densely connected stages, whose outputs all enter the last layer.
 
     Args:
-      filters: channels of the stem; the stages start with one, two, four and eight
+      filters: channels of the stem. The stages start with one, two, four and eight
         times as many channels.
-      num_classes: number of output logits.
-      layers: makes its layers.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      dense_blocks: number of those that follow the first one of a stage, each adding a
-        quarter of that one's channels.
-      image_size: height and width of the images, a multiple of 8: the attention over
-        pixels has a weight for each.
-      remat: whether activations inside a block are computed again for gradients.
+      dense_blocks: number of blocks after the first block of a stage. Each appends a
+        quarter of the first block's channels.
+      image_size: height and width of the images, a multiple of 8. The attention over
+        pixels has a weight for each pixel.
+      remat: whether gradients recompute the activations inside a block.
 
     Raises:
       ImageShapeError: if image_size is not a multiple of 8.
@@ -91,10 +89,10 @@ class UPANet(nnx.Module):
         from the Universal Pixel Attention Networks
         <https://arxiv.org/abs/2103.08640>`_, 2021
       - C.-H. Tseng et al., `Perturbed and Unit Gradient Descent
-        <https://arxiv.org/abs/2110.00199>`_, 2021, which trains them
+        <https://arxiv.org/abs/2110.00199>`_, 2021, which trains UPANets
     """
 
-    HEAD = ("head",)
+    head_paths = ("head",)
 
     def __init__(
         self,
@@ -135,7 +133,7 @@ class UPANet(nnx.Module):
         self.image_size = image_size
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, image_size, image_size, channels) to logits."""
         check_images(images, self.in_channels, exactly=self.image_size)
         x = apply(self.stem, images, remat=self.remat)
@@ -148,29 +146,35 @@ class UPANet(nnx.Module):
                 y = apply(block, x, remat=self.remat)
                 x = jnp.concatenate((x, y), axis=-1)
             maps.append(x)
-        # Coarsest first, the order of the authors' code.
+        # As in the authors' code, the coarsest map comes first.
         pairs = list(zip(maps, self.pixels, strict=True))[::-1]
         vectors = [self._vector(x, pixels) for x, pixels in pairs]
         return self.head(self.norm(jnp.concatenate(vectors, axis=-1)))
 
     def _vector(self, x: jax.Array, pixels: nnx.Linear) -> jax.Array:
-        """The mean over pixels plus their weighted sum ("SPA"), (batch, channels)."""
+        """Returns the mean over pixels plus their weighted sum ("SPA").
+
+        Args:
+          x: (batch, height, width, channels).
+          pixels: the weights of the sum.
+
+        Returns:
+          An array (batch, channels).
+        """
         by_channel = x.reshape(x.shape[0], -1, x.shape[-1]).swapaxes(1, 2)
         attended = pixels(by_channel)[..., 0]
         return _plain_layer_norm(by_channel.mean(axis=2) + attended, (1,))
 
 
 def _entry(filters: int, num_parameters: int) -> Entry:
-    return Entry(
-        name=f"upanet{filters}",
-        task="classification",
-        description=f"UPANet-{filters}, the network of the PUGD authors",
-        paper="Tseng et al., 2021, https://arxiv.org/abs/2103.08640",
-        input_shape=(32, 32, 3),
-        published={"num_classes": 10},
-        num_parameters=num_parameters,
+    return classifier(
+        f"upanet{filters}",
+        f"UPANet-{filters}, the network of the PUGD authors",
+        "Tseng et al., 2021, https://arxiv.org/abs/2103.08640",
+        num_parameters,
+        functools.partial(UPANet, filters),
         options=("num_classes", "in_channels", "image_size", "remat", *CONVOLUTION),
-        build=functools.partial(UPANet, filters),
+        small_images=True,
     )
 
 

@@ -4,11 +4,17 @@ import functools
 from collections.abc import Sequence
 from types import MappingProxyType
 
-import jax
 from flax import nnx
 
-from models._entry import CONVOLUTION, Entry
-from models._layers import Layers, adaptive_average_pool, check_images, max_pool
+from models._entry import CONVOLUTION, Entry, classifier, form
+from models._layers import (
+    Layers,
+    Normalization,
+    adaptive_average_pool,
+    check_images,
+    max_pool,
+)
+from models._network import Images, Logits, Network
 
 _POOL = "pool"
 _CONVOLUTIONS = {
@@ -23,24 +29,33 @@ def _timm_name(name: str) -> str:
     return name.replace("classifier.6", "head.fc")
 
 
-class VGG(nnx.Module):
-    """Five stages of 3x3 convolutions, each with max pooling at its end.
+class VGG(Network):
+    """Five stages of 3x3 convolutions, each followed by max pooling.
 
-    Convolutions have a bias, also in front of a normalisation, as in torchvision.
-    Images have at least 32 pixels on a side.
+    As in torchvision, convolutions have a bias even before a normalisation. Images have
+    at least 32 pixels on a side.
 
     Args:
-      convolutions: number of them in each of the five stages.
-      num_classes: number of output logits.
-      layers: makes its layers.
+      convolutions: number of convolutions in each of the five stages.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      small_images: whether one linear layer on the mean over pixels follows, and not
-        three on a grid of 7x7 with dropout between them.
+      small_images: whether the classifier is one linear layer on the mean over pixels
+        instead of three on a grid of 7x7 with dropout between them.
 
     References:
       K. Simonyan, A. Zisserman, `Very Deep Convolutional Networks for Large-Scale
       Image Recognition <https://arxiv.org/abs/1409.1556>`_, 2014
     """
+
+    # timm applies the hidden linear layers as convolutions.
+    other_names = MappingProxyType({"timm": _timm_name})
+    other_shapes = MappingProxyType(
+        {
+            "pre_logits.fc1.weight": (4096, 512, 7, 7),
+            "pre_logits.fc2.weight": (4096, 4096, 1, 1),
+        }
+    )
 
     def __init__(
         self,
@@ -51,8 +66,8 @@ class VGG(nnx.Module):
         in_channels: int = 3,
         small_images: bool,
     ):
-        # Keys count every layer, as in torchvision: conv, norm, ReLU, ..., pool.
-        features: dict[str, nnx.Module] = {}
+        # As in torchvision, keys count every layer: conv, norm, ReLU, ..., pool.
+        features: dict[str, nnx.Conv | Normalization] = {}
         plan: list[str] = []
         index, channels = 0, in_channels
         for count, width in zip(convolutions, (64, 128, 256, 512, 512), strict=True):
@@ -66,8 +81,11 @@ class VGG(nnx.Module):
         self.features = nnx.Dict(features)
         self.plan = tuple(plan)
         head = functools.partial(layers.head, kernel_init=nnx.initializers.normal(0.01))
+        self.head_paths = ("classifier",) if small_images else ("classifier.6",)
         if small_images:
-            self.classifier = head(channels, num_classes)
+            self.classifier: nnx.Linear | nnx.Dict[nnx.Linear] = head(
+                channels, num_classes
+            )
         else:
             init = nnx.initializers.normal(0.01)
             self.classifier = nnx.Dict(
@@ -79,23 +97,8 @@ class VGG(nnx.Module):
             )
             self.dropout = nnx.Dropout(0.5, rngs=layers.rngs)
         self.in_channels = in_channels
-        self.small_images = small_images
 
-    # timm applies the hidden linear layers as convolutions.
-    OTHER_NAMES = MappingProxyType({"timm": _timm_name})
-    OTHER_SHAPES = MappingProxyType(
-        {
-            "pre_logits.fc1.weight": (4096, 512, 7, 7),
-            "pre_logits.fc2.weight": (4096, 4096, 1, 1),
-        }
-    )
-
-    @property
-    def HEAD(self) -> tuple[str, ...]:  # noqa: N802 - a constant of each form
-        """The layer that depends on the number of classes."""
-        return ("classifier",) if self.small_images else ("classifier.6",)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, height, width, channels) to logits."""
         check_images(images, self.in_channels, at_least=32)
         x = images
@@ -105,10 +108,10 @@ class VGG(nnx.Module):
             else:
                 conv, norm = self.features[step], self.features[str(int(step) + 1)]
                 x = nnx.relu(norm(conv(x)))
-        if self.small_images:
+        if isinstance(self.classifier, nnx.Linear):
             return self.classifier(x.mean(axis=(1, 2)))
         x = adaptive_average_pool(x, 7)
-        # Channels before pixels: the order in which torchvision's weights are.
+        # torchvision's weights expect the channels before the pixels.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         x = self.dropout(nnx.relu(self.classifier["0"](x)))
         x = self.dropout(nnx.relu(self.classifier["3"](x)))
@@ -116,17 +119,15 @@ class VGG(nnx.Module):
 
 
 def _entry(depth: int, num_parameters: int, *, small_images: bool) -> Entry:
-    form = "CIFAR" if small_images else "ImageNet"
-    return Entry(
-        name=f"vgg{depth}_bn" + ("_cifar" if small_images else ""),
-        task="classification",
-        description=f"VGG-{depth} with batch normalisation in {form} form",
-        paper="Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556",
-        input_shape=(32, 32, 3) if small_images else (224, 224, 3),
-        published={"num_classes": 10 if small_images else 1000},
-        num_parameters=num_parameters,
+    in_form = form(small_images=small_images)
+    return classifier(
+        f"vgg{depth}_bn" + ("_cifar" if small_images else ""),
+        f"VGG-{depth} with batch normalisation {in_form}",
+        "Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556",
+        num_parameters,
+        functools.partial(VGG, _CONVOLUTIONS[depth], small_images=small_images),
         options=("num_classes", "in_channels", *CONVOLUTION),
-        build=functools.partial(VGG, _CONVOLUTIONS[depth], small_images=small_images),
+        small_images=small_images,
     )
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models._entry import PRECISION, Entry
+from models._entry import PRECISION, Entry, classifier
 from models._layers import ImageShapeError, LayerNorm, Layers, apply, check_images
+from models._network import Images, Logits, Network
 
 DOSOVITSKIY_2020 = "Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929"
 TOUVRON_2020 = "Touvron et al., 2020, https://arxiv.org/abs/2012.12877"
@@ -57,20 +58,20 @@ class MLP(nnx.Module):
         self.fc2 = layers.linear(4 * width, width, kernel_init=kernel_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., width) to the same."""
+        """Maps (..., width) to the same shape."""
         return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
 class TransformerBlock(nnx.Module):
-    """Attention and MLP, each normalised before and left out at random.
+    """Attention and an MLP, each a residual branch after a normalisation.
 
     Args:
       width: channels of a token.
-      heads: of the attention.
-      drop_rate: how often an example goes without a residual branch in training
+      heads: number of heads of the attention.
+      drop_rate: probability with which training skips a residual branch of an example
         (stochastic depth).
-      kernel_init: of all matrices.
-      layers: makes its layers.
+      kernel_init: initializer of all matrices.
+      layers: creates the layers.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class TransformerBlock(nnx.Module):
         self.drop_path = nnx.Dropout(drop_rate, broadcast_dims=(1, 2), rngs=layers.rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps tokens (batch, count, width) to the same."""
+        """Maps tokens (batch, count, width) to the same shape."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -110,7 +111,7 @@ def _norm(width: int, layers: Layers) -> LayerNorm:
 
 
 class PatchEmbedding(nnx.Module):
-    """One linear map of every patch."""
+    """A linear map of every patch to a token."""
 
     def __init__(self, channels: int, width: int, patch_size: int, *, layers: Layers):
         self.proj = nnx.Conv(
@@ -131,26 +132,26 @@ class PatchEmbedding(nnx.Module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(Network):
     """A transformer over the patches of an image.
 
     Args:
       width: channels of a token.
-      heads: of each attention.
+      heads: number of heads of each attention.
       depth: number of blocks.
-      num_classes: number of output logits.
-      layers: makes its layers.
+      num_classes: number of logits.
+      layers: creates the layers.
       in_channels: channels of the input images.
-      image_size: height and width of the images, a multiple of patch_size: every
-        place has an embedding of its own.
+      image_size: height and width of the images, a multiple of patch_size. Every patch
+        has a position embedding of its own.
       patch_size: height and width of a patch.
-      stochastic_depth: how often the last block's residual branches are left out in
-        training; it rises linearly from 0 in the first block. DeiT trains with 0.1.
-      distilled: whether a second token with a head of its own stands beside the class
-        token; logits are the mean of both heads.
-      init: "xavier" as in ViT, with a head of zeros, or "truncated" normal of
-        standard deviation 0.02 as in DeiT.
-      remat: whether activations inside a block are computed again for gradients.
+      stochastic_depth: probability with which training skips a residual branch of the
+        last block. It rises linearly from 0 in the first block. DeiT trains with 0.1.
+      distilled: whether the network has a distillation token beside the class token,
+        with a head of its own. Logits are the mean of both heads.
+      init: "xavier" as in ViT, with a head of zeros, or "truncated" for a truncated
+        normal of standard deviation 0.02 as in DeiT.
+      remat: whether gradients recompute the activations inside a block.
 
     Raises:
       ImageShapeError: if patch_size does not divide image_size.
@@ -162,9 +163,8 @@ class VisionTransformer(nnx.Module):
         through attention <https://arxiv.org/abs/2012.12877>`_, 2020
     """
 
-    HEAD = ("head", "head_dist")
-    # The file that torchvision's own weights are published in numbers otherwise.
-    OTHER_NAMES = MappingProxyType(
+    # The file in which torchvision publishes its weights has yet other names.
+    other_names = MappingProxyType(
         {
             "torchvision": _torchvision_name,
             "torchvision, 2021": _torchvision_2021_name,
@@ -193,14 +193,14 @@ class VisionTransformer(nnx.Module):
                 f"{image_size}"
             )
         patches = (image_size // patch_size) ** 2
-        special = 2 if distilled else 1
+        num_special = 2 if distilled else 1
         key, dtype = layers.rngs.params, layers.param_dtype
         self.patch_embed = PatchEmbedding(in_channels, width, patch_size, layers=layers)
         self.cls_token = nnx.Param(_truncated(key(), (1, 1, width), dtype))
-        self.dist_token = nnx.data(None)
+        self.dist_token: nnx.Param[jax.Array] | None = nnx.data(None)
         if distilled:
             self.dist_token = nnx.Param(_truncated(key(), (1, 1, width), dtype))
-        shape = (1, special + patches, width)
+        shape = (1, num_special + patches, width)
         self.pos_embed = nnx.Param(_truncated(key(), shape, dtype))
         xavier = nnx.initializers.xavier_uniform()
         kernel_init = xavier if init == "xavier" else _truncated
@@ -219,14 +219,15 @@ class VisionTransformer(nnx.Module):
         self.norm = _norm(width, layers)
         head_init = nnx.initializers.zeros if init == "xavier" else _truncated
         self.head = layers.head(width, num_classes, kernel_init=head_init)
-        self.head_dist = nnx.data(None)
+        self.head_paths = ("head", "head_dist") if distilled else ("head",)
+        self.head_dist: nnx.Linear | None = nnx.data(None)
         if distilled:
             self.head_dist = layers.head(width, num_classes, kernel_init=head_init)
         self.in_channels = in_channels
         self.image_size = image_size
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Images) -> Logits:
         """Maps float images (batch, image_size, image_size, channels) to logits."""
         check_images(images, self.in_channels, exactly=self.image_size)
         x = self.patch_embed(images)
@@ -255,17 +256,17 @@ def _entry(
     heads: int,
     paper: str = TOUVRON_2020,
     *,
-    init: str = "truncated",
+    init: Literal["xavier", "truncated"] = "truncated",
     distilled: bool = False,
 ) -> Entry:
-    return Entry(
-        name=name,
-        task="classification",
-        description=description,
-        paper=paper,
-        input_shape=(224, 224, 3),
-        published={"num_classes": 1000},
-        num_parameters=num_parameters,
+    return classifier(
+        name,
+        description,
+        paper,
+        num_parameters,
+        functools.partial(
+            VisionTransformer, width, heads, 12, init=init, distilled=distilled
+        ),
         options=(
             "num_classes",
             "in_channels",
@@ -275,14 +276,12 @@ def _entry(
             "remat",
             *PRECISION,
         ),
-        build=functools.partial(
-            VisionTransformer, width, heads, 12, init=init, distilled=distilled
-        ),
+        small_images=False,
     )
 
 
 ENTRIES = (
-    _entry("deit_ti_16", "DeiT-Ti/16, the tiny one", 5_717_416, 192, 3),
+    _entry("deit_ti_16", "DeiT-Ti/16, the smallest DeiT", 5_717_416, 192, 3),
     _entry("deit_b_16", "DeiT-B/16", 86_567_656, 768, 12),
     _entry(
         "deit_b_16_distilled",

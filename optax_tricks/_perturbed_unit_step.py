@@ -128,9 +128,7 @@ def perturbed_unit_step(
 
         # Without the barrier, XLA writes g* + g to memory to share it between the norm
         # and the update. On a CPU this takes 1.5 times as long as adding twice.
-        first, other = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            (updates, second)
-        )
+        first, other = jax.lax.optimization_barrier((updates, second))
         total_norm = jnp.sqrt(
             sum_over(dtype, lambda g, h: jnp.square(g + h), first, other)
         )

@@ -36,8 +36,8 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has commands run on one of the devices, as on most machines without a GPU."""
+    """Runs commands on one of the devices, as on most machines without a GPU."""
     from tests.shared import one_device_mesh
-    from train import run
+    from train import program
 
-    monkeypatch.setattr(run, "make_mesh", one_device_mesh)
+    monkeypatch.setattr(program, "make_mesh", one_device_mesh)

@@ -3,38 +3,38 @@
 import os
 import sys
 import traceback
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 import tyro
 from tyro.extras import SubcommandApp
 
 from train.config import TrainingConfig
-from train.parallel import start_distributed
 from train.errors import UsageError
-from train.loop import NonFiniteLossError
-from train.optimizers import OPTIMIZERS, PLACES, SCHEDULES, TRICKS
-from train.preemption import EXIT_CODE, PreemptedError
+from train.optim.chain import PLACES
+from train.optim.config import OPTIMIZERS
+from train.optim.schedules import SCHEDULES
+from train.optim.techniques import TECHNIQUES
+from train.output.preemption import EXIT_CODE, PreemptedError
+from train.parallel import start_distributed
 from train.progress import make_console
-from train.recipes import RECIPES
+from train.run import NonFiniteLossError, run
+from train.settings import Choice
 from train.tasks import TASKS
+from train.tasks.recipes import RECIPES
 
 
-def _command(
-    module: types.ModuleType, kind: type[TrainingConfig], chosen: str | None
-) -> Callable[..., None]:
-    """The command of a task, whose defaults are those of the chosen recipe."""
+def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., None]:
+    """Makes the command of a task, with the defaults of the chosen recipe."""
     recipes = {name: make() for name, make in RECIPES.items()}
-    recipes = {name: found for name, found in recipes.items() if type(found) is kind}
-    names = tyro.extras.literal_type_from_choices(recipes)
+    recipes = {name: config for name, config in recipes.items() if type(config) is kind}
     default = recipes[chosen] if chosen in recipes else kind()
 
     def command(
-        config: Annotated[kind, tyro.conf.OmitArgPrefixes] = default,
-        recipe: names | None = None,
+        config: Annotated[Any, tyro.conf.OmitArgPrefixes] = default,
+        recipe: Annotated[str, Choice("recipe", recipes)] | None = None,
         run_dir: Path | None = None,
         resume: Literal["auto", "never"] = "auto",
         coordinator: str | None = None,
@@ -44,69 +44,67 @@ def _command(
         """Train.
 
         Args:
-          config: what is trained, and by what.
+          config: what is trained.
           recipe: settings to start from, which other flags change; `python -m train
             recipes` lists them.
           run_dir: folder of metrics, checkpoints and figures; a new one under runs/ if
             unset.
-          resume: auto goes on with the run in the folder if it is of the same config.
-          coordinator: HOST:PORT of the first of several processes; SLURM, Open MPI and
-            TPUs tell by themselves.
-          num_processes: how many there are.
-          process_id: which this one is, from 0.
+          resume: auto continues a run in the folder if it has the same settings.
+          coordinator: HOST:PORT of the first of several processes; not needed with
+            SLURM, Open MPI and on TPUs.
+          num_processes: number of processes.
+          process_id: number of this process, from 0.
         """
-        from train import run
-
-        del recipe  # its settings are in the config already
+        del recipe  # its settings are the defaults of the config
         start_distributed(coordinator, num_processes, process_id)
-        run.train(
-            module,
-            config,
-            run_dir=run_dir,
-            resume=resume == "auto",
-            console=make_console(quiet=jax.process_index() > 0),
-        )
+        run(config, run_dir=run_dir, resume=resume == "auto")
 
-    command.__name__ = module.NAME
-    command.__doc__ = command.__doc__.replace("Train.", kind.__doc__.splitlines()[0])
+    command.__annotations__["config"] = Annotated[kind, tyro.conf.OmitArgPrefixes]
+    command.__name__ = kind.task
+    summary = (kind.__doc__ or "").splitlines()[0]
+    command.__doc__ = (command.__doc__ or "").replace("Train.", summary)
     return command
 
 
-def _tricks() -> None:
-    """List the techniques and places that --tricks takes, optimizers and schedules."""
+def _techniques() -> None:
+    """List the techniques and places for --techniques, optimizers and schedules."""
+    techniques = {
+        name: f"{row.title} ({row.paper}): {row.idea}"
+        for name, row in TECHNIQUES.items()
+    }
     for flag, listed in (
-        ("--tricks NAME,NAME,..., in the order of the chain", TRICKS),
-        ("places that --tricks may name too", PLACES),
+        ("--techniques NAME,NAME,..., in the order of the chain", techniques),
+        ("places that --techniques may name as well", PLACES),
         ("--optimizer", OPTIMIZERS),
         ("--schedule", SCHEDULES),
     ):
         print(flag)
         for name, description in listed.items():
-            print(f"  {name:18} {description}")
+            print(f"  {name:22} {description}")
 
 
 def _recipes() -> None:
-    """List the settings of papers that --recipe takes."""
+    """List the settings of papers for --recipe."""
     for name, make in RECIPES.items():
-        line, _, rest = make.__doc__.strip().partition("\n")
+        line, _, rest = (make.__doc__ or "").strip().partition("\n")
         print(f"{name}\n  {line}")
         for more in rest.strip().splitlines():
             print(f"  {more.strip()}".rstrip())
 
 
 def _export(run: Path, output: Path | None = None, seed: int | None = None) -> None:
-    """Write the weights of a run as safetensors, for torchvision, timm or --weights.
+    """Save the weights of a run as safetensors, for torchvision, timm or --weights.
 
     Args:
       run: folder of the run; its last checkpoint is read.
       output: file to write; weights.safetensors in the run folder if unset. The name
-        of the network is added where there are several.
-      seed: whose weights, of several; the first if unset.
+        of the network is added if there are several.
+      seed: seed whose weights are saved; the first one if unset.
     """
-    from train import trained
+    from train import predict
 
     console = make_console()
-    trained.export(trained.open_trained(run, seed, console), output, console)
+    predict.export(predict.load_run(run, seed, console), output, console)
 
 
 def _predict(
@@ -120,66 +118,72 @@ def _predict(
     Args:
       run: folder of the run; its last checkpoint is read.
       images: files, or folders of them.
-      output: folder for what is made of them; predictions in the run folder if unset.
-      seed: whose networks, of several; the first if unset.
+      output: folder for the results; predictions in the run folder if unset.
+      seed: seed whose networks predict; the first one if unset.
     """
-    from train import trained
+    from train import predict
 
     console = make_console()
-    found = trained.open_trained(run, seed, console)
-    trained.predict(found, images, output, console)
+    predict.predict(predict.load_run(run, seed, console), images, output, console)
 
 
-def _samples(
+def _compare(
     runs: tuple[Path, ...],
     labels: tuple[str, ...] = (),
     count: int = 6,
-    output: Path = Path("samples.png"),
+    output: Path = Path("comparison.png"),
 ) -> None:
-    """Lay what several runs make of the same examples side by side in one picture.
+    """Draw what several runs predict for the same examples, side by side.
 
     Args:
       runs: folders of runs of one task on one dataset.
-      labels: what to call each of them; their folders' names if unset.
-      count: examples of the evaluation split to show.
+      labels: what to call each of them; the names of their folders if unset.
+      count: number of examples of the evaluation split.
       output: PNG file to write.
     """
-    from train import trained
+    from train import predict
 
     if labels and len(labels) != len(runs):
         raise UsageError(f"{len(runs)} runs need as many labels, got {len(labels)}")
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
     console = make_console()
-    found = [trained.open_trained(run, None, console) for run in runs]
-    trained.samples(found, labels or [run.name for run in runs], count, output)
+    loaded = [predict.load_run(run, None, console) for run in runs]
+    predict.compare(loaded, labels or [run.name for run in runs], count, output)
     console.print(f"written: {output}")
 
 
 def _make_app(arguments: list[str]) -> SubcommandApp:
-    chosen = None
-    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
-        if flag == "--recipe":
-            chosen = value
-        elif flag.startswith("--recipe="):
-            chosen = flag.partition("=")[2]
     app = SubcommandApp()
-    for module, kind in TASKS.values():
-        app.command(_command(module, kind, chosen), name=module.NAME)
+    recipe = _chosen_recipe(arguments)
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    app.command(positional(_predict), name="predict")
-    app.command(positional(_samples), name="samples")
-    app.command(positional(_export), name="export")
-    app.command(_recipes, name="recipes")
-    app.command(_tricks, name="tricks")
+    commands: dict[str, Callable[..., None]] = {
+        **{name: _command(task.config_type, recipe) for name, task in TASKS.items()},
+        "predict": positional(_predict),
+        "compare": positional(_compare),
+        "export": positional(_export),
+        "recipes": _recipes,
+        "techniques": _techniques,
+    }
+    for name, command in commands.items():
+        app.command(name=name)(command)
     return app
 
 
+def _chosen_recipe(arguments: list[str]) -> str | None:
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        if flag == "--recipe":
+            return value
+        if flag.startswith("--recipe="):
+            return flag.partition("=")[2]
+    return None
+
+
 def main() -> None:
-    """Runs the command line; errors a user can mend are one line, without a trace."""
+    """Runs the command line; errors that a user can fix are shown in one line."""
     try:
         _make_app(sys.argv[1:]).cli(
-            prog="python -m train", description="Train networks with the tricks."
+            prog="python -m train", description="Train networks with the techniques."
         )
     except (UsageError, NonFiniteLossError, OSError) as error:
         _fail(f"error: {error}")
@@ -192,7 +196,7 @@ def main() -> None:
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(
                 "error: the device is out of memory: choose a smaller --batch-size, or "
-                "cut batches into parts by --accumulate 2 or more"
+                "split batches into parts with --grad-accum 2 or more"
             )
         if jax.distributed.is_initialized():
             _fail(traceback.format_exc())
@@ -202,8 +206,8 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     """Ends the process.
 
-    One of several does so at once: JAX would wait for the others to end, for minutes,
-    and they for this one.
+    One of several processes ends at once: JAX would wait for the others for minutes,
+    while they wait for this one.
     """
     if jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""Metrics of batches, computed on the device, and scores from their totals."""
+"""Metrics of batches, computed on the device, and scores from their sums."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-# Of SSIM, as its paper has them.
+# The settings of SSIM in its paper.
 _WINDOW_SIZE = 11
 _WINDOW_SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
@@ -13,9 +14,12 @@ _LARGEST_PSNR = 100.0
 
 
 def confusion_matrix(
-    truth: jax.Array, predicted: jax.Array, counted: jax.Array, num_classes: int
-) -> jax.Array:
-    """Counts how often each class was predicted for each true one.
+    truth: Int[Array, "..."],
+    predicted: Int[Array, "..."],
+    counted: Bool[Array, "..."],
+    num_classes: int,
+) -> Int32[Array, "classes classes"]:
+    """Counts how often each class was predicted for each true class.
 
     >>> import jax.numpy as jnp
     >>> truth, predicted = jnp.array([0, 1, 1, 255]), jnp.array([0, 0, 1, 1])
@@ -23,14 +27,14 @@ def confusion_matrix(
     [[1, 0], [1, 1]]
 
     Args:
-      truth: int (...,), the classes; anything where not counted.
-      predicted: int (...,), below `num_classes`.
-      counted: bool (...,), which entries count.
+      truth: the true classes; any values where `counted` is False.
+      predicted: the predicted classes, below `num_classes`.
+      counted: which entries count.
       num_classes: number of classes.
 
     Returns:
-      int32 (num_classes, num_classes), the true classes in rows. A sum of matrices is
-      right up to 2**31 - 1 in each entry.
+      The counts, with the true classes in rows. Sums of such matrices are exact up to
+      2**31 - 1 in each entry.
     """
     cells = num_classes * truth.astype(jnp.int32) + predicted
     cells = jnp.where(counted, cells, num_classes**2).ravel()  # beyond the end
@@ -39,46 +43,55 @@ def confusion_matrix(
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """IoU of each class: of the pixels that have it or were given it, those with both.
+    """Returns the intersection over union of each class.
+
+    Of the pixels whose true or predicted class it is, this is the share of those where
+    it is both.
 
     >>> import numpy as np
     >>> intersection_over_union(np.array([[2, 1, 0], [1, 0, 0], [0, 0, 0]])).tolist()
     [0.5, 0.0, nan]
 
     Args:
-      confusion: (classes, classes), the true classes in rows.
+      confusion: counts (classes, classes), with the true classes in rows.
 
     Returns:
-      float64 (classes,), NaN for classes that occur neither in truth nor in prediction.
+      float64 (classes,); NaN for classes that occur neither in truth nor in prediction.
     """
     both = np.diagonal(confusion)
     either = confusion.sum(axis=0, dtype=float) + confusion.sum(axis=1) - both
     return np.divide(both, either, out=np.full(len(both), np.nan), where=either > 0)
 
 
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of pairs of images in decibels.
+def psnr(
+    a: Float[Array, "batch height width channels"],
+    b: Float[Array, "batch height width channels"],
+) -> Float[Array, " batch"]:
+    """Returns the peak signal-to-noise ratio of pairs of images, in decibels.
 
     >>> import jax.numpy as jnp
     >>> psnr(jnp.zeros((1, 2, 2, 1)), jnp.full((1, 2, 2, 1), 0.1)).round(3).tolist()
     [20.0]
 
     Args:
-      a: (batch, height, width, channels), from 0 to 1.
-      b: likewise.
+      a: images in [0, 1].
+      b: images in [0, 1].
 
     Returns:
-      (batch,), at most 100, which equal images have too.
+      At most 100, also for equal images.
     """
     error = jnp.square(a - b).mean(axis=(1, 2, 3))
     return -10 * jnp.log10(jnp.maximum(error, 10 ** (-_LARGEST_PSNR / 10)))
 
 
-def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Structural similarity of pairs of images.
+def ssim(
+    a: Float[Array, "batch height width channels"],
+    b: Float[Array, "batch height width channels"],
+) -> Float[Array, " batch"]:
+    """Returns the structural similarity of pairs of images.
 
-    In a Gaussian window of 11x11 pixels (sigma 1.5) around every pixel where that fits
-    into the image; the mean over pixels and channels.
+    It is computed in a Gaussian window of 11x11 pixels (sigma 1.5) around every pixel
+    where the window fits into the image, and averaged over pixels and channels.
 
     >>> import jax.numpy as jnp
     >>> image = jnp.linspace(0, 1, 256).reshape(1, 16, 16, 1)
@@ -86,11 +99,11 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     [1.0]
 
     Args:
-      a: (batch, height, width, channels), from 0 to 1, at least 11x11 pixels.
-      b: likewise.
+      a: images in [0, 1] of at least 11x11 pixels.
+      b: images in [0, 1] of the same size.
 
     Returns:
-      (batch,), at most 1.
+      At most 1.
 
     Raises:
       ValueError: if the images are smaller than the window.
@@ -115,10 +128,10 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _windowed_mean(x: jax.Array) -> jax.Array:
-    """Means of (batch, height, width, channels), weighted in a Gaussian window.
+    """Averages (batch, height, width, channels) in a Gaussian window.
 
-    A sum of shifted images: exact in float32 on every device, where a convolution is
-    rounded on some.
+    It sums shifted images: this is exact in float32 on every device, while some devices
+    round the inputs of a convolution.
     """
     offsets = np.arange(_WINDOW_SIZE) - _WINDOW_SIZE // 2
     weights = np.exp(-0.5 * (offsets / _WINDOW_SIGMA) ** 2)

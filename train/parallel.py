@@ -1,15 +1,16 @@
-"""Where arrays lie: on one device or many, of one process or several.
+"""Devices and processes: the mesh, and how arrays are sharded over it.
 
-All devices form one mesh with two axes. Batches are cut along "data", runs from
-several seeds along "seed"; what is not cut is on every device. Computations are
-written for whole batches, so that losses, gradients and BatchNorm statistics are those
-of the whole batch however many devices share it.
+All devices form one mesh with the axis "data", along which batches are sharded; other
+arrays are replicated on every device. Computations are written for whole batches, so
+losses, gradients and BatchNorm statistics are those of the whole batch, no matter how
+many devices share it.
 """
 
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,24 +29,29 @@ def start_distributed(
     """Joins the processes of a run, if there are several.
 
     Launchers that JAX knows (SLURM, Open MPI, TPU pods) say in the environment which
-    process this is; otherwise all three arguments do. JAX ends the process with a
-    message of its own if others are not there within five minutes, or die later.
+    process this is. Without one, all three arguments are needed. JAX ends the process
+    with a message of its own if others do not join within five minutes, or die later.
+
+    Args:
+      coordinator: "HOST:PORT" of the first process.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
 
     Raises:
       UsageError: if only some of the arguments are given, or JAX refuses them.
     """
-    given = (coordinator, num_processes, process_id)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
+    if coordinator is None and num_processes is None and process_id is None:
+        if not _launched_with_others():
+            return
+    else:
+        if coordinator is None or num_processes is None or process_id is None:
             raise UsageError(
-                "--coordinator HOST:PORT, --num-processes and --process-id belong "
-                "together: give all three, or none under SLURM, Open MPI or on a TPU"
+                "coordinator, num_processes and process_id belong together: give all "
+                "three, or none under SLURM, Open MPI or on a TPU"
             )
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
-            raise UsageError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
-    elif not _launched_with_others():
-        return
+            raise UsageError(f"coordinator must be HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -53,38 +59,29 @@ def start_distributed(
 
 
 def _launched_with_others() -> bool:
-    # Not SLURM_NTASKS, which a command that srun has not started sees too.
+    # Not SLURM_NTASKS: commands that srun has not started see it too.
     sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(os.environ.get(name) or 1) > 1 for name in sizes):
         return True
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def make_mesh(seeds: int = 1) -> Mesh:
-    """All devices, `seeds` of them side by side along "seed", the rest along "data".
-
-    Raises:
-      UsageError: if the devices cannot be divided so.
-    """
-    count = jax.device_count()
-    if count % seeds:
-        raise UsageError(f"{count} devices cannot be shared evenly by {seeds} seeds")
-    return jax.make_mesh(
-        (seeds, count // seeds), ("seed", "data"), axis_types=(AxisType.Auto,) * 2
-    )
+def make_mesh() -> Mesh:
+    """Returns all devices, of all processes, along "data"."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device whole."""
+    """Returns the sharding of an array that every device has whole."""
     return NamedSharding(mesh, P())
 
 
 def put(tree: Tree, shardings: Tree) -> Tree:
-    """Puts arrays that every process has whole on devices, which may be of others.
+    """Puts arrays that every process has on the devices of all processes.
 
     Args:
-      tree: arrays, PRNG keys among them.
-      shardings: one for all, or a tree of them.
+      tree: arrays, which may be PRNG keys.
+      shardings: one sharding for all arrays, or a tree of them.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -94,37 +91,32 @@ def put(tree: Tree, shardings: Tree) -> Tree:
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     array = np.asarray(x)
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
-def state_shardings(
-    state: Tree, mesh: Mesh, *, stacked: bool, shard_parameters: bool
-) -> Tree:
-    """Where each array of a training state lies.
+def state_shardings(state: Tree, mesh: Mesh, *, shard_params: bool) -> Tree:
+    """Returns the sharding of each array of a training state.
 
     Args:
       state: arrays or their shapes.
       mesh: the devices.
-      stacked: whether the first axis of every array is that of the seeds.
-      shard_parameters: whether larger arrays are cut along "data", at the longest axis
-        that the devices divide.
+      shard_params: whether large arrays are sharded along "data", on their longest axis
+        that the number of devices divides; otherwise all are replicated.
     """
-    first = ("seed",) if stacked else ()
     size = mesh.shape["data"]
 
     def sharding(x: Any) -> NamedSharding:
-        shape = x.shape[len(first) :]
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        axes: list[str | None] = [None] * len(shape)
-        large = np.prod(shape, dtype=np.int64) >= _SMALLEST_SHARDED
-        if shard_parameters and large and not is_key:
-            divided = [i for i, side in enumerate(shape) if side % size == 0]
-            if divided:
-                axes[max(divided, key=lambda i: (shape[i], i))] = "data"
-        return NamedSharding(mesh, P(*first, *axes))
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        axes: list[str | None] = [None] * x.ndim
+        is_large = np.prod(x.shape, dtype=np.int64) >= _SMALLEST_SHARDED
+        if shard_params and is_large and not is_key:
+            divisible = [i for i, side in enumerate(x.shape) if side % size == 0]
+            if divisible:
+                axes[max(divisible, key=lambda i: (x.shape[i], i))] = "data"
+        return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(sharding, state)

@@ -1,15 +1,15 @@
-"""A run compiled: the training step and the evaluation for data, devices and seeds.
+"""A compiled run: the jitted step and the evaluation, for any seed.
 
-An input feeds the step (`train.data.inputs`). One jitted call makes the batch, trains
-on it and returns the next state, so that with data on the device nothing but the call
-itself happens on the host in a step.
+A loader feeds the step (`train.data.loaders`). One jitted call makes the batch, trains
+on it and returns the next state. With data on the device, a step moves nothing between
+host and device.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +18,52 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Key
 
 from optax_tricks.nnx import split
 from train.config import TrainingConfig
-from train.data.inputs import Input, Order, Sequential, Shuffled, Together
-from train.parallel import put, replicated, state_shardings
+from train.data import Dataset
+from train.data.loaders import Loader
+from train.data.samplers import RandomSampler, SequentialSampler
 from train.errors import UsageError
-from train.optimizers import make_optimizer, make_schedule
+from train.optim.optimizer import learning_rate, make_optimizer
+from train.parallel import make_mesh, put, replicated, state_shardings
+from train.progress import Progress, silent
 from train.step import (
-    Log,
-    Models,
-    Network,
-    Task,
+    EpochLog,
+    StepMetrics,
+    Trainable,
     TrainState,
-    TrainStep,
     Tree,
     add_to_log,
     empty_log,
-    evaluation_models,
+    eval_networks,
+    eval_params,
+    init_state,
     make_train_step,
-    new_state,
 )
+from train.tasks import Task, open_task
+from train.tasks.base import Networks, Sums
 
-# Steps that may be in flight: many more deadlock on simulated CPU devices, and a
-# progress bar would run ahead of the work.
+# More steps in flight deadlock on simulated CPU devices, and let a progress bar run
+# ahead of the work.
 STEPS_IN_FLIGHT = 32
 
-# Evaluation keeps nothing for a backward pass.
-_EVALUATION_FACTOR = 4
+# An evaluation batch is larger, as nothing is kept for a backward pass.
+_EVAL_BATCH_FACTOR = 4
 
 
 class Program:
-    """A run compiled, to be trained from any seeds.
+    """A compiled run, which trains and evaluates from any seed.
 
     Attributes:
-      task: what is trained.
-      config: how it is trained.
-      width: seeds that are trained together, stacked in one state.
-      steps_per_call: steps that one call of `train` takes at most.
-      graphdefs: definitions of the networks, by name.
-      schedules: the learning rate of each network over steps.
+      task: the task that is trained.
+      config: the settings of the run.
+      mesh: the devices.
+      graphdefs: the definition of each network.
+      schedules: the learning rate of each network over the steps.
       abstract_state: shapes, dtypes and shardings of a state.
-      compile_seconds: time to trace and compile the step.
+      compile_seconds: time that it took to trace and compile the step.
     """
 
     def __init__(
@@ -67,22 +71,18 @@ class Program:
         task: Task,
         config: TrainingConfig,
         *,
-        train: Input,
-        test: Input,
+        train_loader: Loader,
+        eval_loader: Loader,
         mesh: Mesh,
-        width: int = 1,
-        steps_per_call: int = 1,
     ):
         """Compiles the step.
 
         Args:
-          task: what is trained.
-          config: how it is trained.
-          train: training examples, on the devices of the mesh.
-          test: evaluation examples, on the devices of the mesh.
-          mesh: the devices; `width` is a multiple of those along "seed".
-          width: seeds that are trained together; more than one only of resident data.
-          steps_per_call: more than one only of resident data.
+          task: the task to train.
+          config: the settings of the run.
+          train_loader: loads training examples to the devices of the mesh.
+          eval_loader: loads evaluation examples to the devices of the mesh.
+          mesh: the devices.
 
         Raises:
           UsageError: if a batch is larger than the training split, or cannot be shared
@@ -91,191 +91,184 @@ class Program:
         _check_batch(config, mesh)
         self.task = task
         self.config = config
-        self.width = width
-        self.steps_per_call = steps_per_call
-        self._train, self._test, self._mesh = train, test, mesh
+        self._train_loader, self._eval_loader = train_loader, eval_loader
+        self.mesh = mesh
         start = time.perf_counter()
-        order = self._order((0,) * width)
-        self._lengths = {
-            "total_steps": order.steps_before(config.epochs),
-            "steps_per_epoch": order.steps_before(1),
-        }
-        self.steps_before = order.steps_before
-        # Definitions are the same for every seed and hold no arrays. The key of a
-        # random trick is read when its state is made only.
-        models = nnx.eval_shape(lambda: task.create_models(nnx.Rngs(0)))
-        networks = self._networks(models, jax.random.key(0))
-        self.graphdefs = {name: network.graphdef for name, network in networks.items()}
+        sampler = self._sampler(0)
+        self.steps_before = sampler.steps_before
+        networks = nnx.eval_shape(lambda: task.create_networks(nnx.Rngs(0)))
+        # Definitions are the same for every seed, and optimizers differ in the key that
+        # enters their initial state only.
+        trainables = self._trainables(networks, jax.random.key(0))
+        self.graphdefs = {name: t.graphdef for name, t in trainables.items()}
         self.schedules = {
-            name: make_schedule(task.optimizer_for(name), **self._lengths)
-            for name in networks
+            name: learning_rate(task.optimizer_config(name), **self._lengths)
+            for name in trainables
         }
-        step = make_train_step(
-            task, networks, accumulate=config.accumulate, ema=config.ema
+        train_step = make_train_step(
+            task,
+            trainables,
+            grad_accum_steps=config.grad_accum,
+            ema_decay=config.ema,
         )
-        self.abstract_state = self._abstract_state(networks, step)
+        feed = train_loader.abstract_feed(sampler)
+
+        def step(state: TrainState, feed: Any) -> tuple[TrainState, StepMetrics]:
+            return train_step(state, self._batch(train_loader, feed, state.step))
+
+        def step_and_log(state: TrainState, feed: Any) -> TrainState:
+            after, metrics = step(state, feed)
+            return after._replace(log=add_to_log(state.log, metrics, state.step))
+
+        self.abstract_state = self._abstract_state(trainables, step, feed)
         self._shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        self._compiled = self._compile(step, train.feed_shapes(order))
+        jitted = jax.jit(step_and_log, donate_argnums=0, out_shardings=self._shardings)
+        self.train_step = jitted.lower(self.abstract_state, feed).compile()
+        """The compiled step (state, feed) -> state; it donates the state."""
         self._empty_log = jax.jit(self._new_log, out_shardings=self._shardings.log)
-        self._evaluation = self._make_evaluation()
+        self._evaluate = self._make_evaluation()
         self.compile_seconds = time.perf_counter() - start
 
-    def init(self, seeds: Sequence[int]) -> TrainState:
-        """The state of a group before the first step."""
-        # Not jitted: run by itself it compiles small pieces that all runs share.
-        state = self._stack([self._init_one(seed) for seed in seeds])
+    def init_state(self, seed: int) -> TrainState:
+        """Returns the state before the first step."""
+        # Not jitted: op by op it compiles small programs that all runs share.
+        keys = _split_key(seed)
+        networks = self.task.create_networks(nnx.Rngs(keys.params))
+        self.task.load_weights(networks)
+        trainables = self._trainables(networks, keys.techniques)
+        state = init_state(
+            networks, trainables, keys.augmentation, ema_decay=self.config.ema
+        )
         return put(state._replace(log=self._new_log()), self._shardings)
 
-    def reset(self, state: TrainState) -> TrainState:
-        """The state with the empty log of a new epoch."""
+    def names_of(self, metric: str) -> tuple[str, ...]:
+        """Returns the names that a metric has in the records.
+
+        With several networks, that of each network begins with its name; the score of
+        an evaluation does not, and comes last.
+        """
+        several = self.graphdefs if len(self.graphdefs) > 1 else ()
+        return (*(f"{name}_{metric}" for name in several), metric)
+
+    def clear_log(self, state: TrainState) -> TrainState:
+        """Returns the state with an empty log, for a new epoch."""
         return state._replace(log=self._empty_log())
 
-    def train(self, state: TrainState, feed: Tree, steps: int) -> TrainState:
-        """Takes up to `steps_per_call` steps from one feed; donates the state."""
-        if self.steps_per_call == 1:
-            return self._compiled(state, feed)
-        count = put(np.int32(steps), replicated(self._mesh))
-        return self._compiled(state, feed, count)
+    def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
+        """Yields what each step takes, without end, from a step on."""
+        return self._train_loader.feeds(self._sampler(seed), first_step)
 
-    def feeds(self, seeds: Sequence[int], first_step: int) -> Iterator[Tree]:
-        """What each step of a group takes, without end, from a step on."""
-        return self._train.feeds(self._order(seeds), first_step)
+    def evaluate(self, state: TrainState) -> Sums:
+        """Returns the sums of the task over the evaluation split, as NumPy arrays."""
+        return jax.device_get(self._evaluate(eval_params(state)))
 
-    def evaluate(self, state: TrainState) -> list[Tree]:
-        """Totals over the evaluation split, for each seed of a group."""
-        return of_each(self._evaluation(evaluated(state)), self.width)
+    def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
+        """Returns what the task predicts for stored images (batch, ...)."""
 
-    def networks(self, state: TrainState, place: int = 0) -> tuple[Tree, Tree]:
-        """Parameters and other state to evaluate, on the host, of a seed of a group."""
-        whole = jax.jit(lambda x: x, out_shardings=replicated(self._mesh))
-        return of_each(whole(evaluated(state)), self.width)[place]
+        @jax.jit
+        def predict(params: Tree, images: jax.Array) -> jax.Array:
+            return self.task.predict(self._networks(params), images)
 
-    def _networks(self, models: Models, key: jax.Array) -> dict[str, Network]:
+        # Every process predicts with all parameters.
+        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))
+        params = jax.device_get(whole(eval_params(state)))
+        return np.asarray(predict(params, images))
+
+    def _networks(self, params: tuple[Tree, Tree]) -> Networks:
+        return eval_networks(self.graphdefs, *params)
+
+    @property
+    def _lengths(self) -> dict[str, int]:
         return {
-            name: Network(
-                split(model)[0],
-                make_optimizer(
-                    self.task.optimizer_for(name),
-                    **self._lengths,
-                    key=jax.random.fold_in(key, i) if i else key,
-                    head=getattr(model, "HEAD", ()),
-                ),
-            )
-            for i, (name, model) in enumerate(models.items())
+            "total_steps": self.steps_before(self.config.epochs),
+            "steps_per_epoch": self.steps_before(1),
         }
 
-    def _init_one(self, seed: int) -> TrainState:
-        keys = _split_keys(jax.random.key(seed))
-        models = self.task.create_models(nnx.Rngs(keys.model))
-        self.task.load(models)
-        networks = self._networks(models, keys.trick)
-        return new_state(models, networks, keys.steps, ema=self.config.ema)
-
-    def _stack(self, states: Sequence[TrainState]) -> TrainState:
-        if self.width == 1:
-            return states[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-
-    def _order(self, seeds: Sequence[int]) -> Order:
-        """The order of examples of a group."""
-        orders = [
-            Shuffled(
-                tuple(
-                    jax.random.key_data(_split_keys(jax.random.key(s)).order).tolist()
-                ),
-                self._train.num_examples,
-                self.config.batch_size,
+    def _trainables(
+        self, networks: Networks, key: Key[Array, ""]
+    ) -> dict[str, Trainable]:
+        trainables = {}
+        for i, (name, network) in enumerate(networks.items()):
+            config = self.task.optimizer_config(name)
+            tx = make_optimizer(
+                config,
+                **self._lengths,
+                key=jax.random.fold_in(key, i) if i else key,
+                head=network.head_paths,
             )
-            for s in seeds
-        ]
-        return orders[0] if self.width == 1 else Together(tuple(orders))
+            trainables[name] = Trainable(split(network)[0], tx, config.logged)
+        return trainables
+
+    def _sampler(self, seed: int) -> RandomSampler:
+        """Returns the order of the training examples."""
+        data = jax.random.key_data(_split_key(seed).order)
+        return RandomSampler(
+            tuple(data.tolist()),
+            self._train_loader.num_examples,
+            self.config.batch_size,
+        )
 
     def _abstract_state(
-        self, networks: Mapping[str, Network], train_step: TrainStep
+        self,
+        trainables: dict[str, Trainable],
+        step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
+        feed: Any,
     ) -> TrainState:
-        def one() -> TrainState:
-            models = self.task.create_models(nnx.Rngs(0))
-            key = jax.random.key(0)
-            state = new_state(models, networks, key, ema=self.config.ema)
-            batch = self._train.batch(self._one_feed(), state.step)
-            _, scalars = train_step(state, batch)
-            return state._replace(log=empty_log(scalars))
+        def first_state(feed: Any) -> TrainState:
+            networks = self.task.create_networks(nnx.Rngs(0))
+            state = init_state(
+                networks, trainables, jax.random.key(0), ema_decay=self.config.ema
+            )
+            _, metrics = step(state, feed)
+            return state._replace(log=empty_log(metrics))
 
-        state = jax.eval_shape(lambda: self._stack([one()] * self.width))
+        state = jax.eval_shape(first_state, feed)
         shardings = state_shardings(
-            state,
-            self._mesh,
-            stacked=self.width > 1,
-            shard_parameters=self.config.shard_parameters,
+            state, self.mesh, shard_params=self.config.shard_params
         )
-        # Every process reads the whole of these.
-        whole = replicated(self._mesh)
-        read = {"step": whole, "log": jax.tree.map(lambda _: whole, state.log)}
+        # Every process reads these.
+        whole = replicated(self.mesh)
+        shardings = shardings._replace(
+            step=whole, log=jax.tree.map(lambda _: whole, state.log)
+        )
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
-            shardings._replace(**read),
+            shardings,
         )
 
-    def _one_feed(self) -> Tree:
-        """Zeros in the form of what a step of one seed takes."""
-        order = Shuffled((0,), self._train.num_examples, self.config.batch_size)
-        shapes = self._train.feed_shapes(order)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def _new_log(self) -> Log:
+    def _new_log(self) -> EpochLog:
         shapes = self.abstract_state.log
-        log = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        log: EpochLog = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return log._replace(bad_step=log.bad_step - 1)
 
-    def _compile(self, train_step: TrainStep, feed: Tree) -> jax.stages.Compiled:
-        def step(state: TrainState, feed: Tree) -> TrainState:
-            batch = self._spread(self._train.batch(feed, state.step))
-            after, scalars = train_step(state, batch)
-            return after._replace(log=add_to_log(state.log, scalars, state.step))
+    def _batch(self, loader: Loader, feed: Any, step: jax.Array) -> Any:
+        """Makes a batch, of which each device computes its part."""
+        sharding = NamedSharding(self.mesh, P("data"))
+        return jax.lax.with_sharding_constraint(loader.batch(feed, step), sharding)
 
-        if self.width > 1:
-            axes = (0, self._train.seeds_axes)
-            step = jax.vmap(step, in_axes=axes, spmd_axis_name="seed")
-        several = self.steps_per_call > 1
+    def _make_evaluation(self) -> Callable[[Tree], Sums]:
+        loader, num_shards = self._eval_loader, self.mesh.shape["data"]
+        most = min(_EVAL_BATCH_FACTOR * self.config.batch_size, loader.num_examples)
+        batch_size = num_shards * math.ceil(most / num_shards)
+        sampler = SequentialSampler(loader.num_examples, batch_size)
+        # Each evaluation goes on where the last one ended, at the first example again.
+        feeds = zip(itertools.count(), loader.feeds(sampler))
 
-        def call(state: TrainState, feed: Tree, *count: jax.Array) -> TrainState:
-            if not several:  # a loop of one step may be slower than the step
-                return step(state, feed)
-            return jax.lax.fori_loop(0, *count, lambda _, s: step(s, feed), state)
+        def evaluate_batch(params: Tree, feed: Any, step: jax.Array) -> Sums:
+            batch = self._batch(loader, feed, step)
+            networks = self._networks(params)
+            return self.task.evaluate(networks, batch, sampler.weights(step))
 
-        counts = [jax.ShapeDtypeStruct((), jnp.int32)] if several else []
-        jitted = jax.jit(call, donate_argnums=0, out_shardings=self._shardings)
-        return jitted.lower(self.abstract_state, feed, *counts).compile()
-
-    def _spread(self, batch: Tree) -> Tree:
-        """Has each device compute its part of a batch."""
-        sharding = NamedSharding(self._mesh, P("data"))
-        return jax.lax.with_sharding_constraint(batch, sharding)
-
-    def _make_evaluation(self) -> Callable[[Tree], Tree]:
-        sharers = self._mesh.shape["data"]
-        most = min(_EVALUATION_FACTOR * self.config.batch_size, self._test.num_examples)
-        order = Sequential(self._test.num_examples, sharers * math.ceil(most / sharers))
-        # Goes on where the last evaluation stopped, at the first example again.
-        feeds = zip(itertools.count(), self._test.feeds(order))
-
-        def totals(networks: Tree, feed: Tree, step: jax.Array) -> Tree:
-            batch = self._spread(self._test.batch(feed, step))
-            models = evaluation_models(self.graphdefs, *networks)
-            return self.task.evaluate(models, batch)
-
-        if self.width > 1:
-            totals = jax.vmap(totals, in_axes=(0, None, None), spmd_axis_name="seed")
-        everywhere = replicated(self._mesh)
-        first = jax.jit(totals, out_shardings=everywhere)
+        everywhere = replicated(self.mesh)
+        first: Callable[..., Sums] = jax.jit(evaluate_batch, out_shardings=everywhere)
         add = jax.jit(optax.tree.add, donate_argnums=0, out_shardings=everywhere)
 
-        def evaluate(networks: Tree) -> Tree:
-            total = None
-            for step, feed in itertools.islice(feeds, order.steps_before(1)):
-                found = first(networks, feed, step)
-                total = found if total is None else add(total, found)
+        def evaluate(params: Tree) -> Sums:
+            total: Sums = {}
+            for step, feed in itertools.islice(feeds, sampler.steps_before(1)):
+                sums = first(params, feed, step)
+                total = add(total, sums) if total else sums
                 if step % STEPS_IN_FLIGHT == 0:
                     jax.block_until_ready(total)
             return total
@@ -283,37 +276,53 @@ class Program:
         return evaluate
 
 
-def _check_batch(config: TrainingConfig, mesh: Mesh) -> None:
-    sharers = mesh.shape["data"] * config.accumulate
-    if config.batch_size % sharers:
-        raise UsageError(
-            f"batch size {config.batch_size} must be a multiple of {sharers}, the "
-            f"devices ({mesh.shape['data']}) times --accumulate ({config.accumulate})"
+def open_program(
+    config: TrainingConfig, progress: Progress = silent
+) -> tuple[Program, Dataset]:
+    """Loads the data and compiles the run that a config describes.
+
+    Raises:
+      UsageError: if the config does not fit the data or the devices.
+    """
+    task, dataset = open_task(config, progress)
+    return compile_program(task, config, dataset, progress), dataset
+
+
+def compile_program(
+    task: Task, config: TrainingConfig, dataset: Dataset, progress: Progress = silent
+) -> Program:
+    """Compiles a run on all devices.
+
+    Raises:
+      UsageError: if the config does not fit the data or the devices.
+    """
+    mesh = make_mesh()
+    train_loader, eval_loader = config.data.open(dataset, mesh, progress)
+    with progress("compiling", 1):
+        return Program(
+            task, config, train_loader=train_loader, eval_loader=eval_loader, mesh=mesh
         )
 
 
-def evaluated(state: TrainState) -> tuple[Tree, Tree]:
-    """Parameters and other state of the networks that are evaluated."""
-    return state.average or (state.params, state.model_state)
+def _check_batch(config: TrainingConfig, mesh: Mesh) -> None:
+    num_shards = mesh.shape["data"]
+    divisor = num_shards * config.grad_accum
+    if config.batch_size % divisor:
+        raise UsageError(
+            f"batch_size {config.batch_size} must be a multiple of {divisor}, the "
+            f"devices ({num_shards}) times grad_accum ({config.grad_accum})"
+        )
 
 
 class _Keys(NamedTuple):
-    """What the key of a run is split into, in one place so that none is used twice."""
+    """The keys of a run, split in one place so that none is used twice."""
 
-    model: jax.Array
+    params: jax.Array
     order: jax.Array
-    trick: jax.Array
-    steps: jax.Array
+    techniques: jax.Array
+    augmentation: jax.Array
 
 
-def _split_keys(key: jax.Array) -> _Keys:
-    model_key, order_key, rest = jax.random.split(key, 3)
-    return _Keys(model_key, order_key, *jax.random.split(rest))
-
-
-def of_each(tree: Tree, width: int) -> list[Tree]:
-    """A tree on the host, for each seed of a group."""
-    tree = jax.device_get(tree)
-    if width == 1:
-        return [tree]
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(width)]
+def _split_key(seed: int) -> _Keys:
+    params, order, rest = jax.random.split(jax.random.key(seed), 3)
+    return _Keys(params, order, *jax.random.split(rest))

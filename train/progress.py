@@ -20,19 +20,23 @@ _WIDE = 100
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """A console that shows text as it is: file names may have brackets, or be long.
+    """Makes a console that shows text as it is, as file names may have brackets.
 
-    Tables, which are to fit the terminal, are printed with `soft_wrap=False`.
+    Long lines are not wrapped. Print tables with `soft_wrap=False` to fit the terminal.
+
+    Args:
+      quiet: whether it prints nothing.
     """
     return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
 
 class Reporter:
-    """Counts steps; this one tells nobody.
+    """Counts the steps of long work; this base class shows nothing.
 
     Attributes:
-      done: steps so far.
-      text: what to show beside them.
+      text: what to show beside the count.
+      total: number of steps.
+      done: number of steps so far.
     """
 
     def __init__(self, text: str, total: int):
@@ -46,7 +50,7 @@ class Reporter:
         self._show()
 
     def describe(self, text: str) -> None:
-        """Says what goes on, in a few words."""
+        """Replaces the text."""
         self.text = text
         self._show()
 
@@ -55,7 +59,7 @@ class Reporter:
 
 
 Progress: TypeAlias = Callable[[str, int], contextlib.AbstractContextManager[Reporter]]
-"""What long work is given to show how far it is: (text, total) -> Reporter."""
+"""Shows the progress of long work: (text, total) -> Reporter."""
 
 
 class _Bar(Reporter):
@@ -92,14 +96,14 @@ def silent(text: str, total: int) -> Iterator[Reporter]:
 
 
 def shown_on(console: Console) -> Progress:
-    """Shows progress on a console."""
+    """Returns a `Progress` that shows a bar on a terminal, and lines elsewhere."""
 
     @contextlib.contextmanager
     def progress(text: str, total: int) -> Iterator[Reporter]:
         if not console.is_terminal:
             yield _Lines(text, total, console)
             return
-        # Where the terminal is narrow the text gives way, not the time left.
+        # A narrow terminal shortens the text, not the time left.
         flexible = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
             TextColumn("{task.description}", markup=False, table_column=flexible),

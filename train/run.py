@@ -1,350 +1,506 @@
-"""One run of one task, from its config to all that it leaves behind."""
+"""The whole life of a run, from its settings to all that it leaves behind.
+
+`run` does everything in order: it opens the folder and the data, compiles the step,
+trains one seed after the other, draws figures and writes a summary. `train_seed` is the
+training loop itself; it writes nothing, and tells its callbacks what has happened.
+"""
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import time
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from rich.console import Console
 
-from train.checkpoints import Checkpoints
+from train import plots
 from train.config import TrainingConfig
 from train.data import Dataset
-from train.data._dataset import describe
-from train.parallel import make_mesh
+from train.data.dataset import describe
 from train.errors import UsageError
-from train.events import Events
-from train.figures import save_curves
-from train.loop import NonFiniteLossError, Report, fit, groups_of
-from train.preemption import PreemptedError, preemption
-from train.program import Program
-from train.progress import Progress, shown_on, silent
-from train.run_folder import RunFolder, open_run_folder
-from train.statistics import mean_interval
-from train.step import Record, TrainState, Tree, evaluation_models
+from train.intervals import mean_interval
+from train.output.checkpoints import Checkpoints
+from train.output.preemption import PreemptedError, preemption
+from train.output.run_folder import RunFolder, open_run_folder
+from train.output.tensorboard import TensorBoard
+from train.parallel import put, replicated
+from train.program import STEPS_IN_FLIGHT, Program, open_program
+from train.progress import Reporter, make_console, shown_on, silent
+from train.step import Record, TrainState
+from train.tasks.base import Sums
 
 EPOCHS = "metrics.jsonl"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
 DATASET = "dataset.json"
 CURVES = "curves.png"
-CHECKPOINTS = "checkpoints"
 
 # Examples whose predictions are drawn.
-_SAMPLES = 6
+_NUM_SAMPLES = 6
 
 
-class Layout(NamedTuple):
-    """How the seeds of a run are laid out.
+def checkpoint_folder(folder: Path, seed: int) -> Path:
+    """Returns the folder of the checkpoints of a seed."""
+    return folder / "checkpoints" / f"seed{seed}"
+
+
+######## The training loop of one seed ################################################
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or the parameters are no longer finite.
 
     Attributes:
-      mesh: the devices.
-      width: seeds that are trained together.
+      step: the first step that gave such a number.
     """
 
-    mesh: Mesh
-    width: int
+    def __init__(self, seed: int, step: int, epoch: int):
+        super().__init__(
+            f"the loss of seed {seed} is not finite at step {step} (epoch {epoch}): "
+            "lower the learning rate, or clip the gradient"
+        )
+        self.step = step
 
 
-def layout_of(config: TrainingConfig) -> Layout:
-    """One seed after the other, all stacked, or stacked and spread over devices.
+class Callbacks:
+    """What the training loop calls; these methods do nothing.
 
-    Auto is one after the other: measured on CPUs (docs/loop.md), where stacking
-    turns convolutions into grouped ones without gain, and kept for other backends
-    until it is measured there.
+    A state is donated to the next step, so it must not be kept without a copy.
     """
-    match config.seed_strategy:
-        case "vmap":
-            return Layout(make_mesh(), config.seeds)
-        case "devices":
-            return Layout(
-                make_mesh(math.gcd(config.seeds, jax.device_count())), config.seeds
-            )
-        case _:
-            return Layout(make_mesh(), 1)
+
+    def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
+        """Is called after every few steps.
+
+        Args:
+          state: the state after them.
+          count: number of steps since the last call.
+          seconds: time that the steps of the epoch have taken so far.
+        """
+
+    def on_log(self, record: Record) -> None:
+        """Is called with the metrics of every step that is to be logged."""
+
+    def on_epoch(self, state: TrainState, record: Record) -> None:
+        """Is called with the metrics of every epoch, after its evaluation."""
 
 
-def build(
-    module: types.ModuleType, config: TrainingConfig, progress: Progress = silent
-) -> tuple[Program, Dataset]:
-    """Loads the data and compiles the run that a config describes.
+def train_seed(
+    program: Program,
+    seed: int,
+    callbacks: Callbacks | None = None,
+    *,
+    state: TrainState | None = None,
+    finished_epochs: int = 0,
+    seconds: float = 0.0,
+) -> tuple[TrainState, Sums | None]:
+    """Trains from one seed to the last epoch.
 
     Args:
-      module: of `train.tasks`.
-      config: the task's.
-      progress: shows what takes time.
+      program: the compiled run.
+      seed: determines parameters, order of examples, augmentation and random factors.
+      callbacks: what to call on the way.
+      state: the state to go on from; the one before the first step if unset.
+      finished_epochs: number of epochs that are recorded already.
+      seconds: time that the steps of the epoch in progress have taken already.
+
+    Returns:
+      The last state, and the sums of the last evaluation; None without an evaluation.
 
     Raises:
-      UsageError: if something in the config does not fit the data or the devices.
+      NonFiniteLossError: at the next logged step after the loss became NaN or infinite.
     """
-    task, dataset = module.open_task(config, progress)
-    mesh, width = layout_of(config)
-    train, test = config.data.open(dataset, mesh, progress)
-    if train.seeds_axes is None and (width > 1 or (config.steps_per_call or 1) > 1):
-        raise UsageError(
-            "a stream feeds one seed, one step at a time: --input resident, or "
-            "--seed-strategy sequential and --steps-per-call 1"
-        )
-    with progress("compiling", 1):
-        program = Program(
-            task,
-            config,
-            train=train,
-            test=test,
-            mesh=mesh,
-            width=width,
-            # More were measured on CPUs and are slower there; see docs/loop.md.
-            steps_per_call=config.steps_per_call or 1,
-        )
-    return program, dataset
+    config, callbacks = program.config, callbacks or Callbacks()
+    state = program.init_state(seed) if state is None else state
+    step, steps_in_flight, sums = int(state.step), 1, None
+    with contextlib.closing(program.feeds(seed, step)) as feeds:
+        for epoch in range(finished_epochs + 1, config.epochs + 1):
+            start_of_epoch, end_of_epoch = map(program.steps_before, (epoch - 1, epoch))
+            if step == start_of_epoch:
+                state, seconds = program.clear_log(state), 0.0
+            while step < end_of_epoch:
+                steps_to_log = config.log_every - step % config.log_every
+                count = min(steps_in_flight, steps_to_log, end_of_epoch - step)
+                start = time.perf_counter()
+                for feed in itertools.islice(feeds, count):
+                    state = program.train_step(state, feed)
+                jax.block_until_ready(state.step)
+                elapsed = time.perf_counter() - start
+                step, seconds = step + count, seconds + elapsed
+                if count == steps_to_log or step == end_of_epoch:
+                    callbacks.on_log(_step_record(program, state, seed, step, epoch))
+                callbacks.on_steps(state, count, seconds)
+                steps_in_flight = _next_steps_in_flight(count, elapsed)
+            if epoch % config.eval_every == 0 or epoch == config.epochs:
+                sums = program.evaluate(state)
+                scores = program.task.scores(sums)
+            else:
+                scores = {}
+            record = _epoch_record(program, state, seed, epoch, scores, seconds)
+            callbacks.on_epoch(state, record)
+    return state, sums
 
 
-def train(
-    module: types.ModuleType,
+def _next_steps_in_flight(count: int, seconds: float) -> int:
+    """Returns as many steps as take a second, so that progress is seen to move."""
+    steps = max(1, min(STEPS_IN_FLIGHT, 2 * count, int(count / seconds)))
+    # The clocks of processes differ, and all have to report after the same steps.
+    return int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
+
+
+def _step_record(
+    program: Program, state: TrainState, seed: int, step: int, epoch: int
+) -> Record:
+    """Returns the metrics of the latest step."""
+    log = jax.device_get(state.log)
+    if log.bad_step >= 0:
+        raise NonFiniteLossError(seed, int(log.bad_step), epoch)
+    return {
+        "seed": seed,
+        "epoch": epoch,
+        "step": step,
+        **_learning_rates(program, step),
+        **{f"train_{key}": float(value) for key, value in log.latest.items()},
+    }
+
+
+def _epoch_record(
+    program: Program,
+    state: TrainState,
+    seed: int,
+    epoch: int,
+    scores: dict[str, float],
+    seconds: float,
+) -> Record:
+    """Returns the means of an epoch and the scores of its evaluation."""
+    log = jax.device_get(state.log)
+    step, split = program.steps_before(epoch), program.config.data.eval_split
+    means = {key: total / log.steps for key, total in log.sums.items()}
+    return {
+        "seed": seed,
+        "epoch": epoch,
+        "step": step,
+        **_learning_rates(program, step),
+        **{f"train_{key}": float(x) for key, x in (log.latest | means).items()},
+        **{f"{split}_{key}": float(x) for key, x in scores.items()},
+        "seconds": seconds,
+    }
+
+
+def _learning_rates(program: Program, step: int) -> Record:
+    """Returns the learning rates of the step before."""
+    rates = {name: float(f(step - 1)) for name, f in program.schedules.items()}
+    if len(rates) == 1:
+        return {"learning_rate": next(iter(rates.values()))}
+    return {f"{name}_learning_rate": rate for name, rate in rates.items()}
+
+
+######## A run with its folder ########################################################
+
+
+def run(
     config: TrainingConfig,
     *,
-    run_dir: Path | None,
-    resume: bool,
-    console: Console,
+    run_dir: Path | None = None,
+    resume: bool = True,
+    console: Console | None = None,
 ) -> list[Record]:
     """Trains as configured, and writes metrics, checkpoints, figures and a summary.
 
     Args:
-      module: of `train.tasks`.
-      config: the task's.
-      run_dir: where to write; None for a new folder under runs/.
-      resume: whether a folder that holds a run of the same config goes on.
-      console: where to show progress and result.
+      config: the settings of a task, such as a `ClassificationConfig`.
+      run_dir: the folder to write to; None for a new folder under runs/.
+      resume: whether a folder that holds a run of the same settings is continued.
+      console: where to show progress and results.
 
     Returns:
-      A record for each epoch and seed, as in `metrics.jsonl`.
+      A record for each seed and epoch, as in `metrics.jsonl`.
 
     Raises:
       RunFolderError: before training, if the folder cannot be used.
       CheckpointError: if a checkpoint cannot be written, or none can be read.
-      NonFiniteLossError: if the loss stops being a number.
+      NonFiniteLossError: if the loss is no longer finite.
       PreemptedError: if the process was told to end.
     """
     is_first = jax.process_index() == 0
+    console = console or make_console(quiet=not is_first)
+    progress = shown_on(console) if is_first else silent
     if run_dir is None and jax.process_count() > 1:
-        raise UsageError("several processes need one --run-dir, which they all see")
-    described = {"task": module.NAME, **dataclasses.asdict(config)}
+        raise UsageError("several processes need one run folder, which they all see")
+
+    # Open the folder.
     with open_run_folder(
         run_dir,
-        f"{module.NAME}-{config.data.dataset}",
-        described,
+        f"{config.task}-{config.data.dataset}",
+        {"task": config.task, **dataclasses.asdict(config)},
         resume=resume,
         writes=is_first,
     ) as folder:
         if (folder.path / SUMMARY).exists():
             console.print(f"{folder.path} holds this run already, finished")
             return folder.read(EPOCHS)
-        shown = shown_on(console) if is_first else silent
-        program, dataset = build(module, config, shown)
+
+        # Load the data and compile the step.
+        program, dataset = open_program(config, progress)
         folder.start()
         folder.write(DATASET, describe(dataset))
-        with Checkpoints(folder.path / CHECKPOINTS) as checkpoints:
-            run = _Run(module, program, dataset, folder, checkpoints)
-            try:
-                run.train(shown, warn=console.print)
-            except NonFiniteLossError:
-                checkpoints.wait()
-                saved = checkpoints.steps()
-                if saved:
-                    console.print(
-                        f"the last good state is kept: checkpoint {saved[-1]} in "
-                        f"{folder.path}"
-                    )
-                raise
-        run.finish(console)
-        return run.records
+
+        # Train one seed after the other.
+        records: list[Record] = []
+        total = config.seeds * program.steps_before(config.epochs)
+        with progress("training", total) as reporter, preemption() as preempted:
+            for seed in config.all_seeds:
+                output = _SeedOutput(program, seed, folder, reporter, preempted)
+                state, sums = output.train(warn=console.print)
+                records += output.records
+                if seed == config.seed:
+                    first_state, first_sums = state, sums
+
+        # Draw all seeds, and what the first one predicts.
+        _draw(program, dataset, folder, records, first_state, first_sums)
+
+        # Summarize.
+        if folder.writes:
+            summary = summarize(program, records)
+            folder.write(SUMMARY, summary)
+            console.print(
+                f"{config.data.eval_split} {_score(program, _last(records))} "
+                f"after {program.steps_before(config.epochs)} steps in "
+                f"{summary['train_seconds']:.1f} s (compiled in "
+                f"{program.compile_seconds:.1f} s); written to {folder.path}"
+            )
+        return sorted(records, key=lambda record: (record["epoch"], record["seed"]))
 
 
-class _Run:
-    """A run while it lasts, with all that it writes to."""
+class _SeedOutput(Callbacks):
+    """Trains one seed, and saves and shows where it stands.
+
+    Attributes:
+      records: the metrics of its epochs so far.
+    """
 
     def __init__(
         self,
-        module: types.ModuleType,
         program: Program,
-        dataset: Dataset,
+        seed: int,
         folder: RunFolder,
-        checkpoints: Checkpoints,
+        reporter: Reporter,
+        preempted: Callable[[], bool],
     ):
-        self.module = module
-        self.program = program
-        self.config = program.config
-        self.dataset = dataset
-        self.folder = folder
-        self.checkpoints = checkpoints
-        self.seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         self.records: list[Record] = []
-        self.taken = 0  # steps of all seeds together
-        self._saved = time.monotonic()
+        self._program, self._config = program, program.config
+        self._seed, self._folder = seed, folder
+        self._reporter, self._preempted = reporter, preempted
+        self._last_save = time.monotonic()
 
-    def train(self, shown: Progress, warn: Callable[[str], None]) -> None:
+    def train(self, warn: Callable[[str], None]) -> tuple[TrainState, Sums | None]:
         """Trains to the end, from the last checkpoint on if there is one."""
-        states = self._restore(warn)
-        total = self.config.seeds * self.program.steps_before(self.config.epochs)
-        finished = len(self.records) // self.config.seeds
-        seeds = self.seeds if self.folder.writes else ()
+        folder = self._folder
         with contextlib.ExitStack() as stack:
-            reporter = stack.enter_context(shown("training", total))
-            preempted = stack.enter_context(preemption())
-            first_step = self.program.steps_before(finished)
-            events = Events(self.folder.path, seeds, first_step=first_step)
-            stack.enter_context(events)
-            reporter.advance(self.taken)
-            for report in fit(
-                self.program, self.seeds, states=states, finished_epochs=finished
-            ):
-                self.taken += report.steps
-                self._write(report, events)
-                if report.epoch:
-                    reporter.describe(self._line(report.epoch))
-                reporter.advance(report.steps)
-                self._save(report, preempted())
-            if len(self.records) > finished * self.config.seeds:
-                self._draw(report, events)
-        self.checkpoints.wait()
+            self._checkpoints = stack.enter_context(
+                Checkpoints(checkpoint_folder(folder.path, self._seed))
+            )
+            state, seconds = self._restore(warn)
+            self._reporter.advance(int(state.step))
+            self._tensorboard = None
+            if folder.writes:
+                first_step = self._program.steps_before(len(self.records))
+                tensorboard = TensorBoard(
+                    folder.path, self._seed, first_step=first_step
+                )
+                self._tensorboard = stack.enter_context(tensorboard)
+            try:
+                trained = train_seed(
+                    self._program,
+                    self._seed,
+                    self,
+                    state=state,
+                    finished_epochs=len(self.records),
+                    seconds=seconds,
+                )
+            except NonFiniteLossError:
+                self._checkpoints.wait()
+                for step in self._checkpoints.steps()[-1:]:
+                    warn(
+                        f"the last good state is kept: checkpoint {step} in "
+                        f"{folder.path}"
+                    )
+                raise
+            self._checkpoints.wait()
+            return trained
 
-    def _restore(self, warn: Callable[[str], None]) -> tuple[TrainState, ...]:
-        """The states to start or to go on from, and the records up to there."""
-        groups = groups_of(self.program, self.seeds)
-        like = (self.program.abstract_state,) * len(groups)
-        found = self.checkpoints.restore(like, warn=warn)
-        steps = dict.fromkeys(self.seeds, 0)
-        if found:
-            for group, state in zip(groups, found[1], strict=True):
-                step = int(np.ravel(jax.device_get(state.step))[0])
-                steps |= dict.fromkeys(group, step)
-        for name in (EPOCHS, STEPS):
-            records = self.folder.read(name)
-            kept = [r for r in records if r["step"] <= steps.get(r["seed"], 0)]
-            self.folder.keep(name, kept)
-            if name == EPOCHS:
-                self.records = kept
-        self.taken = sum(steps.values())
-        return found[1] if found else tuple(map(self.program.init, groups))
+    def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
+        """Shows progress, and saves if the process was told to end."""
+        self._reporter.advance(count)
+        self._end_if_preempted(state, seconds)
 
-    def _write(self, report: Report, events: Events) -> None:
-        for name, kind, records in (
-            (STEPS, "step", report.logs),
-            (EPOCHS, "epoch", report.epoch),
-        ):
-            for record in records:
-                self.folder.append(name, record)
-                if self.folder.writes:
-                    events.add(kind, record)
-        self.records += report.epoch
+    def on_log(self, record: Record) -> None:
+        """Writes the metrics of a step."""
+        self._write(STEPS, "step", record)
 
-    def _save(self, report: Report, is_preempted: bool) -> None:
-        """Saves a checkpoint if it is time for one."""
-        is_last = report.epoch and report.epoch[0]["epoch"] == self.config.epochs
-        waited = time.monotonic() - self._saved
-        is_due = report.epoch and waited >= 60 * self.config.checkpoint_minutes
+    def on_epoch(self, state: TrainState, record: Record) -> None:
+        """Writes and shows the metrics of an epoch, and saves if it is time to."""
+        self.records.append(record)
+        self._write(EPOCHS, "epoch", record)
+        self._reporter.describe(_progress_line(self._program, record))
+        waited = time.monotonic() - self._last_save
+        is_due = waited >= 60 * self._config.checkpoint_minutes
+        is_due |= record["epoch"] == self._config.epochs
         # The clocks of processes differ.
-        is_due = multihost_utils.broadcast_one_to_all(np.array(bool(is_due)))
-        if is_last or is_due or is_preempted:
-            self.checkpoints.save(self.taken, report.states)
-            self._saved = time.monotonic()
-        if is_preempted and not is_last:
-            self.checkpoints.wait()
-            raise PreemptedError(
-                f"told to end: saved after {self.taken} steps to {self.folder.path}; "
-                "the same command goes on from there"
-            )
+        if multihost_utils.broadcast_one_to_all(np.array(is_due)):
+            self._save(state, record["seconds"])
+        self._end_if_preempted(state, record["seconds"])
 
-    def _line(self, records: Sequence[Record]) -> str:
-        """What the progress line says at the end of an epoch."""
-        epoch = int(records[0]["epoch"])
-        steps = self.program.steps_before(epoch) - self.program.steps_before(epoch - 1)
-        seconds = sum(record["seconds"] for record in records) / self.program.width
-        speed = steps * self.program.config.batch_size * len(records) / seconds
-        losses = [
-            f"{name.removeprefix('train_')} {_mean(records, name):.4f}"
-            for name in records[0]
-            if name.startswith("train_") and name.endswith("loss")
-        ]
-        return " ".join(
-            (
-                f"epoch {epoch}/{self.config.epochs}",
-                *losses,
-                self._score(records),
-                f"{speed:,.0f} images/s",
-            )
+    def _restore(self, warn: Callable[[str], None]) -> tuple[TrainState, float]:
+        """Returns the state to start from, and keeps the records up to it."""
+        whole = replicated(self._program.mesh)
+        seconds_like = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        like = (self._program.abstract_state, seconds_like)
+        found = self._checkpoints.restore(like, warn=warn)
+        if found is None:
+            step, state, seconds = 0, self._program.init_state(self._seed), 0.0
+        else:
+            step, (state, saved_seconds) = found
+            seconds = float(saved_seconds)
+        for name in (EPOCHS, STEPS):
+            kept = [
+                record
+                for record in self._folder.read(name)
+                if record["seed"] != self._seed or record["step"] <= step
+            ]
+            self._folder.keep(name, kept)
+            if name == EPOCHS:
+                self.records = [r for r in kept if r["seed"] == self._seed]
+        return state, seconds
+
+    def _write(self, name: str, kind: str, record: Record) -> None:
+        self._folder.append(name, record)
+        if self._tensorboard:
+            self._tensorboard.add(kind, record)
+
+    def _save(self, state: TrainState, seconds: float) -> None:
+        whole = replicated(self._program.mesh)
+        saved_seconds = put(np.float32(seconds), whole)
+        self._checkpoints.save(int(state.step), (state, saved_seconds))
+        self._last_save = time.monotonic()
+
+    def _end_if_preempted(self, state: TrainState, seconds: float) -> None:
+        # Every process asks, so that all end at the same step.
+        if not self._preempted() or len(self.records) == self._config.epochs:
+            return
+        self._save(state, seconds)
+        self._checkpoints.wait()
+        raise PreemptedError(
+            f"told to end: saved seed {self._seed} after {int(state.step)} steps to "
+            f"{self._folder.path}; the same command goes on from there"
         )
 
-    def _score(self, records: Sequence[Record]) -> str:
-        """The metric of each seed, with mean and interval if there are several."""
-        name = f"{self.config.data.evaluate_on}_{self.module.METRIC}"
-        values = [record[name] for record in records if name in record]
-        if not values:
-            return ""
-        if len(values) == 1:
-            return f"{self.module.METRIC} {values[0]:.4f}"
-        mean, low, high = mean_interval(values)
-        each = " ".join(f"{value:.4f}" for value in values)
-        return f"{self.module.METRIC} {mean:.4f} [{low:.4f}, {high:.4f}] of {each}"
 
-    def _draw(self, report: Report, events: Events) -> None:
-        """Draws the curves, and what the task has to show of the first seed."""
-        program, split = self.program, self.config.data.evaluate_on
-        networks = program.networks(report.states[0])
-        if not self.folder.writes:
-            return
-        examples = self.dataset.split(split)
-        batch = examples.read(range(min(_SAMPLES, len(examples))))
-        images = batch.get("image", batch.get("input"))
+######## What a run shows #############################################################
 
-        @jax.jit
-        def predict(networks: Tree, images: jax.Array) -> jax.Array:
-            models = evaluation_models(program.graphdefs, *networks)
-            return program.task.predict(models, images)
 
-        folder = self.folder.path
-        save_curves(self.records, self.module.METRIC, folder / CURVES, split=split)
-        predictions = np.asarray(predict(networks, images))
-        program.task.save_figures(folder, report.totals[0], batch, predictions)
-        step = program.steps_before(self.config.epochs)
-        events.add_figures(self.config.seed, step, sorted(folder.glob("*.png")))
+def summarize(program: Program, records: Sequence[Record]) -> dict[str, Any]:
+    """Returns the content of `summary.json`: the last epoch, and totals of the run.
 
-    def finish(self, console: Console) -> None:
-        """Writes the summary and says how it went."""
-        last = self.records[-self.config.seeds :]
-        seconds = sum(record["seconds"] for record in self.records)
-        seconds /= self.program.width
-        steps = self.program.steps_before(self.config.epochs)
-        means = {k: _mean(last, k) for k in last[0] if k not in ("seconds", "seed")}
-        summary = {
-            **means,
-            "gradient_evaluations": steps * self.config.optimizer.gradients_per_step,
-            "train_seconds": seconds,
-            "compile_seconds": self.program.compile_seconds,
+    Args:
+      program: the run.
+      records: those of all epochs of all seeds.
+    """
+    config = program.config
+    last = _last(records)
+    means = {k: _mean(last, k) for k in last[0] if k not in ("seconds", "seed")}
+    steps = program.steps_before(config.epochs)
+    summary: dict[str, Any] = {
+        **means,
+        "gradient_evaluations": steps * config.optimizer.gradients_per_step,
+        "train_seconds": sum(record["seconds"] for record in records),
+        "compile_seconds": program.compile_seconds,
+    }
+    if len(last) > 1:
+        summary["seeds"] = last
+        summary["intervals"] = {
+            name: mean_interval([record[name] for record in last])
+            for name in means
+            if name.startswith(config.data.eval_split)
         }
-        if len(last) > 1:
-            summary["seeds"] = last
-            summary["intervals"] = {
-                name: mean_interval([record[name] for record in last])
-                for name in means
-                if name.startswith(self.config.data.evaluate_on)
-            }
-        self.folder.write(SUMMARY, summary)
-        if self.folder.writes:
-            console.print(
-                f"{self.config.data.evaluate_on} {self._score(last)} after {steps} "
-                f"steps in {seconds:.1f} s (compiled in "
-                f"{self.program.compile_seconds:.1f} s); written to {self.folder.path}"
-            )
+    return summary
+
+
+def _last(records: Sequence[Record]) -> list[Record]:
+    """Returns the records of the last epoch, one for each seed."""
+    return [r for r in records if r["epoch"] == records[-1]["epoch"]]
 
 
 def _mean(records: Sequence[Record], name: str) -> float:
     return float(np.mean([record[name] for record in records]))
+
+
+def _progress_line(program: Program, record: Record) -> str:
+    """Returns what the progress line says at the end of an epoch."""
+    config, epoch = program.config, int(record["epoch"])
+    steps = program.steps_before(epoch) - program.steps_before(epoch - 1)
+    losses = [
+        f"{name} {record[f'train_{name}']:.4f}"
+        for name in program.names_of("loss")
+        if f"train_{name}" in record
+    ]
+    speed = steps * config.batch_size / record["seconds"]
+    return " ".join(
+        (
+            *([f"seed {int(record['seed'])}"] if config.seeds > 1 else []),
+            f"epoch {epoch}/{config.epochs}",
+            *losses,
+            _score(program, [record]),
+            f"{speed:,.0f} images/s",
+        )
+    )
+
+
+def _score(program: Program, records: Sequence[Record]) -> str:
+    """Returns the metric of each seed, with mean and interval if there are several."""
+    metric = program.task.metric
+    name = f"{program.config.data.eval_split}_{metric}"
+    values = [record[name] for record in records if name in record]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{metric} {values[0]:.4f}"
+    mean, low, high = mean_interval(values)
+    each = " ".join(f"{value:.4f}" for value in values)
+    return f"{metric} {mean:.4f} [{low:.4f}, {high:.4f}] of {each}"
+
+
+def _draw(
+    program: Program,
+    dataset: Dataset,
+    folder: RunFolder,
+    records: Sequence[Record],
+    state: TrainState,
+    sums: Sums | None,
+) -> None:
+    """Draws the curves of all seeds, and what the task shows of the first one."""
+    task, config = program.task, program.config
+    split_name = config.data.eval_split
+    split = dataset.split(split_name)
+    batch = split.read(range(min(_NUM_SAMPLES, len(split))))
+    # All processes evaluate and predict together; one of them draws.
+    sums = program.evaluate(state) if sums is None else sums
+    predictions = program.predict(state, batch[task.input_name])
+    if not folder.writes:
+        return
+    plots.save_curves(
+        records,
+        folder.path / CURVES,
+        losses=program.names_of("loss"),
+        metrics=program.names_of(task.metric),
+        split=split_name,
+    )
+    task.save_figures(folder.path, sums, batch, predictions)
+    with TensorBoard(folder.path, config.seed) as tensorboard:
+        step = program.steps_before(config.epochs)
+        tensorboard.add_figures(step, sorted(folder.path.glob("*.png")))

@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses that check their fields when they are made.
 
-Pydantic checks types, literals and ranges, whether the values come from Python, from the
-command line or from a file. Its report of several lines becomes one line here.
+Pydantic checks types, literals and ranges, whether the values come from Python, from
+the command line or from a file. Its report of several lines becomes one line here.
 
 >>> from typing import Literal
 >>> @settings
@@ -15,8 +15,8 @@ train.errors.UsageError: precision must be 'float32' or 'bfloat16', got 'bf16'
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -46,7 +46,7 @@ def settings(cls: type[T]) -> type[T]:
     Its constructor raises UsageError, a ValueError, which names the setting, the value
     and what is allowed. `dataclasses.replace` and `from_json` check as well.
     """
-    checked = pydantic.dataclasses.dataclass(
+    checked: Any = pydantic.dataclasses.dataclass(
         frozen=True,
         kw_only=True,
         slots=True,
@@ -61,8 +61,8 @@ def settings(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise UsageError(_explain(error)) from None
 
-    checked.__init__ = __init__  # type: ignore[misc]
-    return checked
+    checked.__init__ = __init__
+    return cast(type[T], checked)
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
@@ -103,7 +103,7 @@ def _explain_one(problem: Any) -> str:
 
 
 class Choice(PrimitiveConstructorSpec[str]):
-    """Annotates a setting that is one of several names, on the command line too.
+    """Annotates a setting that is one of several names.
 
     >>> @settings
     ... class Config:
@@ -113,28 +113,31 @@ class Choice(PrimitiveConstructorSpec[str]):
     train.errors.UsageError: unknown optimizer 'adan'; known: sgd, adam
     """
 
-    def __init__(self, what: str, known: Sequence[str] | Mapping[str, str]):
+    def __init__(self, what: str, known: Iterable[str]):
         """Takes what is chosen, for messages, and the names."""
+        names = {name: name for name in known}
         super().__init__(
             nargs=1,
-            metavar="{" + ",".join(known) + "}",
+            metavar="{" + ",".join(names) + "}",
             instance_from_str=lambda arguments: arguments[0],
             is_instance=lambda value: isinstance(value, str),
             str_from_instance=lambda value: [value],
-            choices=tuple(known),
+            choices=tuple(names),
         )
-        object.__setattr__(self, "check", functools.partial(_check_names, what, known))
+
+        def check(name: str) -> str:
+            return _check_name(what, name, names)
+
+        object.__setattr__(self, "_check", check)  # the base class is frozen
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Checks the name wherever the setting comes from."""
-        return core_schema.no_info_after_validator_function(
-            lambda value: self.check((value,))[0],  # type: ignore[attr-defined]
-            handler(source),
-        )
+        """Checks the name after the type."""
+        schema = handler(source)
+        return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 
 class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
-    """Annotates a tuple of known names, which a command line separates by commas."""
+    """Annotates a tuple of known names, which the command line separates by commas."""
 
     def __init__(self, what: str, known: Mapping[str, str]):
         """Takes what is listed, for messages, and the names with a description each."""
@@ -145,29 +148,25 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [",".join(value)],
         )
-        object.__setattr__(self, "check", functools.partial(_check_names, what, known))
+        shown = {name: f"{name} ({text})" for name, text in known.items()}
+
+        def check(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(_check_name(what, name, shown) for name in names)
+
+        object.__setattr__(self, "_check", check)  # the base class is frozen
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Checks the names wherever the setting comes from."""
-        return core_schema.no_info_after_validator_function(
-            self.check,  # type: ignore[attr-defined]
-            handler(source),
-        )
+        """Checks the names after the type."""
+        schema = handler(source)
+        return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 
 def _split_commas(arguments: list[str]) -> tuple[str, ...]:
     return tuple(name.strip() for name in arguments[0].split(",") if name.strip())
 
 
-def _check_names(
-    what: str, known: Sequence[str] | Mapping[str, str], names: tuple[str, ...]
-) -> tuple[str, ...]:
-    for name in names:
-        if name not in known:
-            listed = (
-                "; ".join(f"{key} ({text})" for key, text in known.items())
-                if isinstance(known, Mapping)
-                else ", ".join(known)
-            )
-            raise UsageError(f"unknown {what} {name!r}; known: {listed}")
-    return names
+def _check_name(what: str, name: str, known: Mapping[str, str]) -> str:
+    if name not in known:
+        listed = ("; " if "(" in "".join(known.values()) else ", ").join(known.values())
+        raise UsageError(f"unknown {what} {name!r}; known: {listed}")
+    return name

@@ -1,143 +1,126 @@
-"""One training step: what a task is asked for, the state, and the pure function."""
+"""The training step: the state of a run, and the pure function that advances it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
+import models
 from optax_tricks.nnx import batch_gradients, split
-from train.optimizers import OptimizerConfig, trick_scalars
+from train.tasks.base import Batch, Metrics, Networks, Task
 
 Tree = Any
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name: (sum, count)
-Models = dict[str, nnx.Module]
-Record = dict[str, float]
+Scalar: TypeAlias = Float[Array, ""]
+Record: TypeAlias = dict[str, float]
 
 
-class Task(Protocol):
-    """What the loop asks of a task. A batch is a dict of arrays."""
-
-    def create_models(self, rngs: nnx.Rngs) -> Models:
-        """Networks with fresh parameters, in the order in which a step trains them."""
-
-    def load(self, models: Models) -> None:
-        """Puts pretrained weights into networks just created, if there are any."""
-
-    def optimizer_for(self, name: str) -> OptimizerConfig:
-        """By what a network is trained."""
-
-    def prepare(self, batch: Tree, key: jax.Array) -> Tree:
-        """Turns stored examples into a training batch; runs inside the step."""
-
-    def loss(self, name: str, models: Models, batch: Tree) -> tuple[jax.Array, Metrics]:
-        """The mean loss that a network minimises over a prepared batch, and metrics."""
-
-    def evaluate(self, models: Models, batch: Tree) -> Tree:
-        """Arrays to be added up over stored examples, none where "weight" is 0."""
-
-    def scores(self, totals: Tree) -> Record:
-        """What the arrays added up over all examples amount to."""
-
-
-class Log(NamedTuple):
-    """What the steps of an epoch have given to log so far.
+class EpochLog(NamedTuple):
+    """What the steps of an epoch have logged so far.
 
     Attributes:
-      sums: loss and metrics, added up over steps.
-      last: all scalars of the last step.
-      steps: how many there were, int32.
-      bad_step: the first whose loss or parameters were not finite, int32; -1 for none.
+      sums: losses and metrics, added up over the steps.
+      latest: all scalars of the latest step.
+      steps: number of steps.
+      bad_step: the first step whose loss or parameters were not finite; -1 for none.
     """
 
-    sums: dict[str, jax.Array]
-    last: dict[str, jax.Array]
-    steps: jax.Array
-    bad_step: jax.Array
+    sums: dict[str, Scalar]
+    latest: dict[str, Scalar]
+    steps: Int[Array, ""]
+    bad_step: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step.
 
     Attributes:
-      params: by network.
-      model_state: all other state of the networks, by network.
-      opt_state: by network.
-      average: moving average of (params, model_state); () without.
-      step: number of steps taken, int32.
-      key: of augmentation.
-      log: of the epoch.
+      params: parameters of each network.
+      model_state: all other state of each network.
+      opt_state: optimizer state of each network.
+      ema: moving average of (params, model_state); () if there is none.
+      step: number of steps taken.
+      key: the key of the augmentation.
+      log: what the epoch has logged.
     """
 
     params: dict[str, Tree]
     model_state: dict[str, Tree]
     opt_state: dict[str, optax.OptState]
-    average: Tree
-    step: jax.Array
-    key: jax.Array
-    log: Log
+    ema: Tree
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+    log: EpochLog
 
 
-class Scalars(NamedTuple):
-    """What a step gives to log.
+class StepMetrics(NamedTuple):
+    """The scalars of one step.
 
     Attributes:
-      mean: what an epoch's record averages over its steps, the loss among them.
-      last: what it takes from its last step.
+      averaged: losses and metrics, which an epoch averages.
+      latest: norms and states of techniques, of which an epoch keeps the latest.
+      is_finite: whether all losses and parameters are finite.
     """
 
-    mean: dict[str, jax.Array]
-    last: dict[str, jax.Array]
+    averaged: dict[str, Scalar]
+    latest: dict[str, Scalar]
+    is_finite: Bool[Array, ""]
 
 
-TrainStep: TypeAlias = Callable[[TrainState, Tree], tuple[TrainState, Scalars]]
+TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-class Network(NamedTuple):
-    """One network of a task: its definition, and the optimizer that trains it."""
+class Trainable(NamedTuple):
+    """One network of a task and its optimizer.
 
-    graphdef: nnx.GraphDef
+    Attributes:
+      graphdef: the definition of the network.
+      tx: its optimizer.
+      logged: the scalars of the optimizer state that are logged.
+    """
+
+    graphdef: nnx.GraphDef[models.Network]
     tx: optax.GradientTransformationExtraArgs
+    logged: tuple[str, ...] = ()
 
 
 def make_train_step(
     task: Task,
-    networks: Mapping[str, Network],
+    trainables: Mapping[str, Trainable],
     *,
-    accumulate: int = 1,
-    ema: float = 0.0,
+    grad_accum_steps: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
-    """The pure function (state, batch) -> (state, scalars to log).
+    """Makes the pure function (state, batch) -> (state, metrics).
 
-    Networks are trained one after the other on the same batch, each with the others as
-    they are by then. The log of the state is left as it is.
+    Networks train one after the other on the same batch; each sees the others as they
+    are by then. The log of the state is left as it is.
 
     Args:
-      task: whose losses are minimised.
-      networks: by name, in the order in which they are trained.
-      accumulate: parts that a batch is cut into.
-      ema: decay of the moving average; 0 for none.
+      task: the task, whose losses are minimized.
+      trainables: its networks by name, in the order in which they train.
+      grad_accum_steps: number of parts that a batch is split into.
+      ema_decay: decay of the moving average; 0 for none.
     """
 
-    def learn(
-        name: str, state: TrainState, batch: Tree
-    ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
-        """Trains one network: the state, what to average, and what not to."""
-
-        def loss_fn(model: nnx.Module, batch: Tree) -> tuple[jax.Array, Metrics]:
-            models = {
+    def train_network(
+        name: str, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        def loss_fn(model: models.Network, batch: Batch) -> tuple[Scalar, Metrics]:
+            networks = {
                 other: model
                 if other == name
                 else nnx.merge(
-                    network.graphdef, state.params[other], state.model_state[other]
+                    trainable.graphdef, state.params[other], state.model_state[other]
                 )
-                for other, network in networks.items()
+                for other, trainable in trainables.items()
             }
-            return task.loss(name, models, batch)
+            return task.loss(name, networks, batch)
 
-        graphdef, tx = networks[name]
+        graphdef, tx, logged = trainables[name]
         params = state.params[name]
         out = batch_gradients(
             loss_fn,
@@ -145,7 +128,7 @@ def make_train_step(
             params,
             state.model_state[name],
             batch,
-            grad_accum_steps=accumulate,
+            grad_accum_steps=grad_accum_steps,
         )
         updates, opt_state = tx.update(
             out.grads, state.opt_state[name], params, grad_fn=out.grad_fn
@@ -162,59 +145,76 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "parameter_norm": optax.tree.norm(params),
         }
-        return state, {"loss": out.loss, **ratios}, norms | trick_scalars(opt_state)
+        is_finite = jnp.isfinite(jnp.stack([out.loss, norms["parameter_norm"]])).all()
+        scalars = {field: optax.tree.get(opt_state, field) for field in logged}
+        averaged = {"loss": out.loss, **ratios}
+        return state, StepMetrics(averaged, norms | scalars, is_finite)
 
-    def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Scalars]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         batch = task.prepare(batch, jax.random.fold_in(state.key, state.step))
-        mean, last = {}, {}
-        for name in networks:
-            state, means, others = learn(name, state, batch)
-            prefix = f"{name}_" if len(networks) > 1 else ""
-            mean |= {prefix + key: value for key, value in means.items()}
-            last |= {prefix + key: value for key, value in others.items()}
-        if ema:
-            now = (state.params, state.model_state)
-            average = jax.tree.map(
-                lambda new, old: _moved(old, new, 1 - ema), now, state.average
+        metrics = StepMetrics({}, {}, jnp.bool_(True))
+        for name in trainables:
+            state, found = train_network(name, state, batch)
+            prefix = f"{name}_" if len(trainables) > 1 else ""
+            metrics = StepMetrics(
+                metrics.averaged | {prefix + k: v for k, v in found.averaged.items()},
+                metrics.latest | {prefix + k: v for k, v in found.latest.items()},
+                metrics.is_finite & found.is_finite,
             )
-            state = state._replace(average=average)
-        return state._replace(step=state.step + 1), Scalars(mean, last)
+        if ema_decay:
+            new = (state.params, state.model_state)
+            ema = jax.tree.map(
+                lambda new, old: _moving_average(old, new, 1 - ema_decay),
+                new,
+                state.ema,
+            )
+            state = state._replace(ema=ema)
+        return state._replace(step=state.step + 1), metrics
 
     return train_step
 
 
-def _moved(old: jax.Array, new: jax.Array, by: float) -> jax.Array:
-    """A moving average; counters and keys are taken over."""
+def _moving_average(old: jax.Array, new: jax.Array, weight: float) -> jax.Array:
+    """Moves floating point arrays by `weight`; takes over counters and keys."""
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return new
-    return old + (by * (new - old)).astype(old.dtype)
+    return old + (weight * (new - old)).astype(old.dtype)
 
 
-def new_state(
-    models: Models, networks: Mapping[str, Network], key: jax.Array, *, ema: float = 0.0
+def init_state(
+    networks: Networks,
+    trainables: Mapping[str, Trainable],
+    key: Key[Array, ""],
+    *,
+    ema_decay: float = 0.0,
 ) -> TrainState:
-    """The state of networks before the first step, with an empty log of no scalars."""
-    parts = {name: split(models[name]) for name in networks}
+    """Returns the state before the first step, with a log of no scalars."""
+    parts = {name: split(networks[name]) for name in trainables}
     params = {name: part[1] for name, part in parts.items()}
     model_state = {name: part[2] for name, part in parts.items()}
     return TrainState(
         params=params,
         model_state=model_state,
-        opt_state={name: networks[name].tx.init(params[name]) for name in networks},
-        # A copy: the state is donated, and no array twice.
-        average=jax.tree.map(jnp.copy, (params, model_state)) if ema else (),
+        opt_state={name: t.tx.init(params[name]) for name, t in trainables.items()},
+        # A copy, as the state is donated and no array may be donated twice.
+        ema=jax.tree.map(jnp.copy, (params, model_state)) if ema_decay else (),
         step=jnp.int32(0),
         key=key,
-        log=empty_log(Scalars({}, {})),
+        log=empty_log(StepMetrics({}, {}, jnp.bool_(True))),
     )
 
 
-def evaluation_models(
-    graphdefs: Mapping[str, nnx.GraphDef],
+def eval_params(state: TrainState) -> tuple[Tree, Tree]:
+    """Returns the (params, model_state) to evaluate: the average if there is one."""
+    return state.ema or (state.params, state.model_state)
+
+
+def eval_networks(
+    graphdefs: Mapping[str, nnx.GraphDef[models.Network]],
     params: Mapping[str, Tree],
     model_state: Mapping[str, Tree],
-) -> Models:
-    """Networks as they are evaluated: running statistics, no dropout."""
+) -> Networks:
+    """Returns networks in evaluation mode: running statistics, no dropout."""
     return {
         name: nnx.view(
             nnx.merge(graphdef, params[name], model_state[name], copy=True),
@@ -226,23 +226,18 @@ def evaluation_models(
     }
 
 
-def empty_log(scalars: Scalars) -> Log:
-    """Of no step, for such scalars as these."""
-    mean, last = optax.tree.zeros_like(scalars)
-    return Log(mean, mean | last, jnp.int32(0), jnp.int32(-1))
+def empty_log(metrics: StepMetrics) -> EpochLog:
+    """Returns an empty log for steps with such metrics."""
+    averaged, latest = optax.tree.zeros_like((metrics.averaged, metrics.latest))
+    return EpochLog(averaged, averaged | latest, jnp.int32(0), jnp.int32(-1))
 
 
-def add_to_log(log: Log, scalars: Scalars, step: jax.Array) -> Log:
-    """The log with the scalars of a step."""
-    finite = [
-        jnp.isfinite(value)
-        for key, value in (scalars.mean | scalars.last).items()
-        if key.endswith(("loss", "parameter_norm"))
-    ]
-    is_new = (log.bad_step < 0) & ~jnp.stack(finite).all()
-    return Log(
-        sums=optax.tree.add(log.sums, scalars.mean),
-        last=scalars.mean | scalars.last,
+def add_to_log(log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]) -> EpochLog:
+    """Returns the log with the metrics of one more step."""
+    is_first_bad = (log.bad_step < 0) & ~metrics.is_finite
+    return EpochLog(
+        sums=optax.tree.add(log.sums, metrics.averaged),
+        latest=metrics.averaged | metrics.latest,
         steps=log.steps + 1,
-        bad_step=jnp.where(is_new, step, log.bad_step),
+        bad_step=jnp.where(is_first_bad, step, log.bad_step),
     )

@@ -35,7 +35,9 @@ def rows(folder):
 @pytest.fixture
 def quick(monkeypatch):
     """Three methods instead of all, since each takes seconds to compile."""
-    few = [m for m in METHODS if m.name in ("sgd", "sgd, 2x epochs", "perturbed_unit")]
+    few = [
+        m for m in METHODS if m.name in ("sgd", "sgd, 2x epochs", "perturbed_unit_step")
+    ]
     monkeypatch.setattr(compare, "METHODS", few)
 
 
@@ -43,10 +45,10 @@ def test_every_technique_has_a_baseline_that_differs_by_it_alone():
     by_name = {method.name: method for method in METHODS}
     compared = [m for m in METHODS if m.optimizer.tricks]
     assert {m.optimizer.tricks for m in compared} == {
-        ("random",),
+        ("scale_by_random",),
         ("centralize",),
-        ("barzilai_borwein",),
-        ("perturbed_unit",),
+        ("barzilai_borwein_step",),
+        ("perturbed_unit_step",),
     }
     for method in compared:
         baseline = by_name[method.baseline]
@@ -66,7 +68,7 @@ def test_a_study_is_run_once_and_finished_where_it_stopped(
     printed = capsys.readouterr().out
     first = rows(folder)
     assert len(first) == 3 * 2
-    for name in ("sgd, 2x epochs", "perturbed_unit", "paired over 2 seeds"):
+    for name in ("sgd, 2x epochs", "perturbed_unit_step", "paired over 2 seeds"):
         assert name in printed
     assert "…" not in printed  # 80 columns hold the table
     assert (folder / "learning_curves.png").stat().st_size > 10_000

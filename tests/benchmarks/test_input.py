@@ -76,7 +76,7 @@ def test_every_way_is_timed(monkeypatch, capsys, tmp_path):
         "segmentation_folder/small",
     }
     ways = {(row["part"], row["name"]) for row in rows}
-    for way in ("resident", "stream, threads"):
+    for way in ("memory", "stream, threads"):
         assert ("input alone", way) in ways
         assert ("training step", way) in ways
     for row in rows:

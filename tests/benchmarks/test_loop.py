@@ -74,7 +74,7 @@ def test_every_part_is_measured(monkeypatch, capsys, tmp_path):
             batch_size=8,
             seed_steps=1,
             steps_per_call=(1, 2),
-            tricks=("random",),
+            techniques=("scale_by_random",),
         )
         return [subject, subject]
 
@@ -101,7 +101,7 @@ def test_every_part_is_measured(monkeypatch, capsys, tmp_path):
         (4, "vmap", None, ()),
         (4, "devices", None, ()),
         (1, "auto", 2, ()),
-        (1, "auto", None, ("random",)),
+        (1, "auto", None, ("scale_by_random",)),
     ]
     with (folder / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -118,7 +118,7 @@ def test_every_part_is_measured(monkeypatch, capsys, tmp_path):
         ("steps per call", "1 in a call"),
         ("steps per call", "2 in a call"),
         ("techniques in the loop", "sgd"),
-        ("techniques in the loop", "random"),
+        ("techniques in the loop", "scale_by_random"),
     ]
     for row in rows:
         assert float(row["seconds"]) > 0

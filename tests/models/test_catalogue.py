@@ -1,4 +1,4 @@
-"""What holds for every network of the catalogue, found by listing."""
+"""Tests that every network of the catalogue must pass."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from models._layers import Layers
 
 @functools.cache
 def abstract(name, **options):
-    """A network without arrays: shapes cost nothing."""
+    """Returns a network of shapes without arrays."""
     entry = models.describe(name)
     options = {**entry.published, **options}
     return nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
@@ -25,14 +25,29 @@ def network_class(name):
     return getattr(build, "func", build)
 
 
-# The first network of each class: what is true of it is true of its deeper forms.
+# The first network of each class stands for its deeper forms.
 FIRST = list({network_class(name): name for name in models.names()[::-1]}.values())
+
+CLASSIFIERS = [name for name in FIRST if name in models.names(task="classification")]
+
+
+def output(model, shape, method="__call__"):
+    """Returns the output for images of a shape, without computing it."""
+    graphdef, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(
+        lambda s, x: getattr(nnx.merge(graphdef, s), method)(x), state, images
+    )
 
 
 def output_shape(model, shape):
-    graphdef, state = nnx.split(model)
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, images).shape
+    return output(model, shape).shape
+
+
+def shapes(model):
+    """Returns the shapes of all parameters by dotted path."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable.shape for path, variable in params}
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -42,8 +57,68 @@ def test_parameter_count_is_the_published_one(name):
     assert count == models.describe(name).num_parameters
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_states_its_parts(name):
+    entry, model = models.describe(name), abstract(name)
+    assert isinstance(model, models.Network)
+    assert bool(model.head_paths) == (entry.task == "classification")
+    paths = shapes(model)
+    for head in model.head_paths:
+        assert any(path.startswith(f"{head}.") for path in paths)
+    if model.backbone is None:
+        assert not any(path.startswith("backbone.") for path in paths)
+    else:
+        assert isinstance(model.backbone, models.Network)
+        assert any(path.startswith("backbone.") for path in paths)
+        # A backbone has no head, but names the one in the file of a classifier.
+        assert model.backbone.head_paths
+        heads = tuple(f"{head}." for head in model.backbone.head_paths)
+        assert not any(path.startswith(heads) for path in shapes(model.backbone))
+
+
+def test_dilated_networks_have_a_backbone():
+    found = [name for name in models.names() if abstract(name).backbone is not None]
+    expected = ["pspnet50", "pspnet101", "resnet50_duc_hdc", "resnet101_duc_hdc"]
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_auxiliary_logits_are_like_the_logits_or_none(name):
+    entry, model = models.describe(name), abstract(name)
+    shape = (2, *entry.input_shape)
+    result, auxiliary = output(model, shape, "with_auxiliary")
+    assert result == output(model, shape)
+    if name.startswith("pspnet"):
+        assert auxiliary == result
+        assert model.auxiliary_weight == 0.4
+    else:
+        assert auxiliary is None
+        assert model.auxiliary_weight == 0.0
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "vgg11_bn", "deit_b_16_distilled"])
+def test_the_number_of_classes_changes_the_head_alone(name):
+    model = abstract(name)
+    before, after = shapes(model), shapes(abstract(name, num_classes=7))
+    changed = {path for path in before if before[path] != after[path]}
+    heads = tuple(f"{path}." for path in model.head_paths)
+    assert changed == {path for path in before if path.startswith(heads)}
+    assert {path.rpartition(".")[0] for path in changed} == set(model.head_paths)
+
+
+def test_a_network_needs_a_call():
+    with pytest.raises(TypeError, match="abstract"):
+        models.Network()
+
+
+def test_a_resnet_without_a_head_has_features_only():
+    backbone = abstract("pspnet50").backbone
+    with pytest.raises(ValueError, match=r"num_classes=None.*use features"):
+        output(backbone, (1, 32, 32, 3))
+
+
 def sizes(entry):
-    """The published size and, where there is a choice, a wide one."""
+    """Returns the published size and, if the network takes others, a wide one."""
     height, width, _ = entry.input_shape
     if "image_size" in entry.options:
         return [(height, width)]
@@ -58,7 +133,7 @@ def test_output_shape(name):
     channels = entry.input_shape[2]
     for height, width in sizes(entry):
         if name == "patchgan70":
-            # Three halvings and two convolutions that lose a pixel each.
+            # There are three halvings, and two convolutions lose a pixel each.
             expected = (height // 8 - 2, width // 8 - 2, 1)
         elif name == "patchgan16":
             expected = (height // 2 - 2, width // 2 - 2, 1)

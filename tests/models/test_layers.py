@@ -1,4 +1,4 @@
-"""Layers and initial values against NumPy, and what each output pixel sees."""
+"""Compares layers and initial values with NumPy, and checks receptive fields."""
 
 import functools
 import itertools
@@ -41,11 +41,11 @@ def evaluation(model):
     )
 
 
-# What an output sees.
+# Receptive fields.
 
 
 def seen(function, size, row, column):
-    """Pixels of an image that move the output at a row and a column."""
+    """Returns a mask of the pixels that an output pixel depends on."""
     gradient = jax.jit(jax.grad(lambda x: function(x)[0, row, column].sum()))
     return np.asarray(gradient(jnp.ones((1, *size)))[0] != 0).any(axis=-1)
 
@@ -57,7 +57,7 @@ def window(size, rows, columns):
 
 
 def with_positive_weights(model):
-    """So that nothing cancels on the way."""
+    """Makes all weights positive, so that gradients do not cancel."""
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda x: jnp.abs(x) + 1e-3, params))
     return model
@@ -66,7 +66,7 @@ def with_positive_weights(model):
 def test_a_logit_of_patchgan_sees_70_by_70_pixels():
     model = models.create("patchgan70", rngs=nnx.Rngs(0), norm="none", in_channels=1)
     found = seen(with_positive_weights(model), (112, 128, 1), 6, 7)
-    # Eight pixels from logit to logit, and 23 of padding in front of the first.
+    # Logits are eight pixels apart, and 23 pixels of padding precede the first.
     expected = window((112, 128), (6 * 8 - 23, 95), (7 * 8 - 23, 103))
     assert expected.sum() == 70 * 70
     np.testing.assert_array_equal(found, expected)
@@ -75,7 +75,7 @@ def test_a_logit_of_patchgan_sees_70_by_70_pixels():
 def test_a_logit_of_patchgan16_sees_16_by_16_pixels():
     model = models.create("patchgan16", rngs=nnx.Rngs(0), norm="none", in_channels=1)
     found = seen(with_positive_weights(model), (40, 48, 1), 7, 9)
-    # Two pixels from logit to logit, and five of padding in front of the first.
+    # Logits are two pixels apart, and five pixels of padding precede the first.
     expected = window((40, 48), (7 * 2 - 5, 25), (9 * 2 - 5, 29))
     assert expected.sum() == 16 * 16
     np.testing.assert_array_equal(found, expected)
@@ -88,7 +88,7 @@ def test_a_logit_of_pixelgan_sees_one_pixel():
 
 
 def dilated(dilations):
-    """3x3 convolutions of ones, one after the other."""
+    """Returns a sequence of 3x3 convolutions whose kernels are ones."""
     ones = nnx.initializers.ones
     return nnx.Sequential(
         *(layers().conv(1, 1, dilation=d, kernel_init=ones) for d in dilations)
@@ -178,7 +178,7 @@ def test_batch_norm_is_that_of_pytorch():
         return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
 
     np.testing.assert_allclose(found, reference(mean, variance), rtol=1e-4, atol=1e-5)
-    # A tenth of the new; the variance is over n values, not n - 1.
+    # The new batch has weight 0.1. Its variance divides by n, not by n - 1.
     mean, variance = 0.1 * mean, 0.9 + 0.1 * variance
     np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5)
     np.testing.assert_allclose(norm.var[...], variance, rtol=1e-5)
@@ -188,7 +188,7 @@ def test_batch_norm_is_that_of_pytorch():
 
 
 def test_eps_is_that_of_pytorch():
-    # Where the variance is far below 1e-5, eps alone decides.
+    # If the variance is far below 1e-5, eps dominates.
     x = 1e-4 * jnp.array([[-1.0], [1.0]]).reshape(2, 1, 1, 1)
     expected = 1e-4 / math.sqrt(1e-8 + 1e-5)
     found = BatchNorm(1, rngs=nnx.Rngs(0))(x)
@@ -268,7 +268,7 @@ def test_adaptive_pooling_is_that_of_a_loop(size, bins):
 
 
 def interpolation(size, wanted):
-    """Weights (wanted, size): pixels have their centres at halves, edges repeat."""
+    """Returns weights (wanted, size); pixel centres lie at halves, edges repeat."""
     weights = np.zeros((wanted, size))
     for i in range(wanted):
         place = np.clip((i + 0.5) * size / wanted - 0.5, 0, size - 1)
@@ -299,7 +299,7 @@ def test_standardized_kernels_have_mean_0_and_variance_1(transposed):
     standardized, plain = conv(weight_standardization=True), conv()
     standardized.kernel[...] += 0.7
     kernel = np.asarray(standardized.kernel[...])
-    each = kernel.reshape(-1, 6)  # one column for each output channel
+    each = kernel.reshape(-1, 6)  # One column for each output channel.
     deviation = np.sqrt(each.var(axis=0) + 1e-5)
     plain.kernel[...] = jnp.asarray((kernel - each.mean(axis=0)) / deviation)
     images = normal(2, 5, 6, 5)
@@ -338,7 +338,7 @@ def test_pix2pix_starts_from_a_normal_of_a_fiftieth():
 # Options.
 
 
-def test_a_generator_has_noise_at_test_time_if_asked():
+def test_dropout_at_test_makes_a_generator_random():
     images = normal(1, 64, 64, 3)
     silent = evaluation(generator())
     np.testing.assert_array_equal(silent(images), silent(images))
@@ -368,14 +368,14 @@ def test_stochastic_depth_leaves_out_whole_branches():
     added = np.asarray(block(tokens) - tokens)
     left_out = (added == 0).all(axis=(1, 2))
     assert 0.5 < left_out.mean() < 0.7
-    # Those that stay make up for those that do not.
+    # Branches that are kept are scaled up.
     kept = np.asarray(attended)[~left_out] / 0.4
     np.testing.assert_allclose(added[~left_out], kept, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("expansion", [1, 4])
-def test_residual_blocks_start_as_the_identity_if_asked(norm, expansion):
+def test_zero_init_makes_residual_blocks_start_as_the_identity(norm, expansion):
     def first_block(**options):
         model = ResNet(
             (1,),

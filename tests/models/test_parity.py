@@ -1,7 +1,7 @@
-"""Outputs, gradients and running statistics are those of PyTorch.
+"""Compares outputs, gradients and running statistics with PyTorch.
 
-The networks in `torch_*.py` were written from the papers, without a look at ours. Where
-PyTorch is missing all this is skipped: `pip install --group parity` brings it.
+The networks in `torch_*.py` were written from the papers, independently of `models`.
+All tests are skipped if PyTorch is not installed (`pip install -e '.[parity]'`).
 """
 
 import functools
@@ -55,12 +55,12 @@ NETWORKS = (
 )
 LAYOUTS = json.loads(Path(__file__).with_name("torch_layouts.json").read_text())
 PUBLISHED = {name for networks in LAYOUTS.values() for name in networks}
-# Smaller ResNets for the segmenters, the second with enough blocks for the dilations
-# of both stages to start again.
+# Smaller ResNets for the segmentation networks. The second has enough blocks for the
+# dilations of both stages to repeat.
 torch_segmenters.BLOCKS[20] = (1, 1, 2, 2)
 torch_segmenters.BLOCKS[35] = (1, 1, 5, 4)
 
-# Layers that have a place in a sequence there and a name here.
+# Layers that PyTorch's networks number and ours name.
 RENAMED = {
     torch_segmenters.PSPNet: {
         "aux_head.": "auxiliary_head.",
@@ -73,7 +73,7 @@ RENAMED = {
 
 
 class NarrowLayers(Layers):
-    """Makes the hidden linear layers of VGG 16 wide: 100 million weights fewer."""
+    """Makes VGG's hidden linear layers 16 wide, which saves 100 million weights."""
 
     def linear(self, inputs, outputs, **options):
         inputs, outputs = (16 if size == 4096 else size for size in (inputs, outputs))
@@ -89,7 +89,7 @@ def narrow_torch_vgg(depth, num_classes):
 
 
 def catalogued(name, shape):
-    """A network of the catalogue as it is."""
+    """Returns the case of a network in its published form."""
     entry = models.describe(name)
     return NETWORKS[name], partial(entry.build, **entry.published), shape
 
@@ -104,8 +104,9 @@ def transformer(network, **options):
 
 
 basic, bottleneck = torch_classifiers.BasicBlock, torch_classifiers.Bottleneck
-# (makes PyTorch's network, makes ours from `layers`, shape of the images). Small forms,
-# but for those whose size the reference fixes; sides that differ tell height and width.
+# (function that builds PyTorch's network, function that builds ours from `layers`,
+# shape of the images). Networks are small where the reference allows it. Height and
+# width differ where they can, so that a mix-up of the two fails.
 CASES = {
     "resnet_basic": (
         partial(torch_classifiers.ResNet, basic, (1, 2, 1, 1), num_classes=7),
@@ -187,7 +188,7 @@ CASES = {
 
 
 def torch_network(make):
-    """A network whose every parameter and statistic is random, far from its start."""
+    """Returns a network whose parameters and statistics are all random."""
     with torch.device("meta"):
         network = make()
     network = network.to_empty(device="cpu")
@@ -209,7 +210,7 @@ def torch_network(make):
 
 
 def our_names(network):
-    """The arrays of a network, named as ours names them."""
+    """Returns the arrays of a network by the names in our network."""
     arrays = {}
     for name, array in network.state_dict().items():
         for theirs, ours in RENAMED.get(type(network), {}).items():
@@ -219,12 +220,12 @@ def our_names(network):
 
 
 def blank(make):
-    """A network of NaN, which takes less time than random initial values."""
+    """Returns a network of NaN, which is faster than its initializers."""
 
     def fill(x):
         if jnp.issubdtype(x.dtype, jnp.floating):
             return jnp.asarray(np.full(x.shape, np.nan, x.dtype))
-        # Dropout's keys and counts, which evaluation does not read.
+        # Evaluation does not read the keys and counts of dropout.
         return jax.random.key(0) if x.dtype != jnp.uint32 else jnp.uint32(0)
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
@@ -232,7 +233,7 @@ def blank(make):
 
 
 def both(case, tmp_path, **for_layers):
-    """Both networks of a case, with the same weights by way of a file."""
+    """Returns both networks of a case with the same weights, and images."""
     make_theirs, make_ours, shape = CASES[case]
     theirs = torch_network(make_theirs)
     layers = NarrowLayers if case == "vgg_imagenet" else Layers
@@ -255,7 +256,7 @@ def from_torch(array):
 
 
 def assert_same(actual, expected, tolerance):
-    """Differences are small beside the largest entry."""
+    """Asserts that differences are small relative to the largest entry."""
     assert actual.shape == expected.shape
     largest = np.abs(expected).max()
     assert largest > 0
@@ -279,16 +280,16 @@ def test_outputs_are_those_of_pytorch(case, tmp_path):
     theirs, ours, images = both(case, tmp_path)
     with torch.no_grad():
         expected = from_torch(theirs.eval()(to_torch(images)))
-    # Both images of the batch matter, or equal outputs would say nothing.
+    # Outputs depend on the image, or equal outputs would show nothing.
     assert np.abs(expected[0] - expected[1]).max() > 0.01 * np.abs(expected).max()
-    # Float32 leaves 8e-6 in the worst of them, the approximate GELU would 6e-5.
+    # The largest error in float32 is 8e-6. The approximate GELU would give 6e-5.
     assert_same(evaluate(ours, images), expected, 3e-5)
 
 
 def test_auxiliary_logits_are_those_of_pytorch(tmp_path):
     theirs, ours, images = both("pspnet", tmp_path)
     theirs.eval()
-    theirs.training = True  # returns both, while its layers evaluate
+    theirs.training = True  # Returns both outputs, while its layers evaluate.
     with torch.no_grad():
         expected = tuple(map(from_torch, theirs(to_torch(images))))
     actual = evaluate(ours, images, "with_auxiliary")
@@ -296,7 +297,7 @@ def test_auxiliary_logits_are_those_of_pytorch(tmp_path):
         assert_same(ours_, theirs_, 3e-5)
 
 
-# Of the others `test_weights.py` knows what torchvision and timm write themselves.
+# For the others, `test_weights.py` compares with torchvision and timm themselves.
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in PUBLISHED])
 def test_names_and_shapes_are_those_of_pytorch(name):
     with torch.device("meta"):
@@ -318,7 +319,7 @@ def test_every_class_has_a_case():
 
 
 def our_arrays(model, tmp_path):
-    """The arrays of a model by PyTorch's names and in its layout."""
+    """Returns the arrays of a model by PyTorch's names and in its layout."""
     path = tmp_path / "ours.safetensors"
     models.save_weights(model, path)
     return safetensors.numpy.load_file(path)
@@ -326,8 +327,8 @@ def our_arrays(model, tmp_path):
 
 @pytest.mark.usefixtures("x64")
 def test_training_step_of_resnet_is_that_of_pytorch(tmp_path):
-    # In float64, where a tolerance of 1e-9 hides no mistake. In float32 rounding turns
-    # a few ReLUs on or off, and for that alone gradients differ by half a percent.
+    # Float64 allows a tolerance of 1e-9, which hides no mistake. In float32, rounding
+    # switches a few ReLUs, and this alone changes gradients by half a percent.
     theirs, ours, _ = both("resnet_bottleneck", tmp_path, param_dtype=jnp.float64)
     generator = np.random.default_rng(1)
     images = generator.normal(size=(8, 32, 32, 3))
@@ -335,7 +336,7 @@ def test_training_step_of_resnet_is_that_of_pytorch(tmp_path):
 
     theirs = theirs.double().train()
     before = {name: array.clone() for name, array in theirs.state_dict().items()}
-    counts = {}  # the values that each norm takes the mean of, per channel
+    counts = {}  # For each norm, the number of values in the mean of a channel.
     for name, module in theirs.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_hook(
@@ -366,12 +367,12 @@ def test_training_step_of_resnet_is_that_of_pytorch(tmp_path):
     for name, parameter in theirs.named_parameters():
         assert_same(actual[name], parameter.grad.numpy(), 1e-9)
 
-    # Running statistics are in float32 here.
+    # Our running statistics are in float32.
     after = theirs.state_dict()
     for name, n in counts.items():
         mean, var = f"{name}.running_mean", f"{name}.running_var"
         assert_same(actual[mean], after[mean].numpy(), 1e-6)
-        # PyTorch's part of the new batch is larger by n / (n - 1).
+        # PyTorch's new batch contributes n / (n - 1) times as much.
         kept = 0.9 * before[var]
         expected = kept + (after[var] - kept) * (n - 1) / n
         assert_same(actual[var], expected.numpy(), 1e-6)

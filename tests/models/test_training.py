@@ -1,4 +1,4 @@
-"""Small forms of every class of network, trained for a step in every way."""
+"""Trains a small form of every class of network for a step."""
 
 import functools
 
@@ -24,7 +24,7 @@ from models.vision_transformer import VisionTransformer
 
 partial = functools.partial
 
-# (makes the network from `layers`, shape of the images)
+# (function that builds the network from `layers`, shape of the images)
 FORMS = {
     "basic": (
         partial(ResNet, (1, 2), num_classes=5, width=16, stem=3, padded_shortcut=True),
@@ -82,7 +82,7 @@ CONVOLUTIONAL = [name for name in FORMS if name != "transformer"]
 WITH_REMAT = [
     name for name in FORMS if name not in ("vgg", "unet", "generator", "discriminator")
 ]
-# Stand for all, with BatchNorm or dropout, where each costs another compilation.
+# Forms with BatchNorm or dropout that stand for all in tests that compile again.
 COMPILED_AGAIN = ["basic", "densenet", "transformer"]
 
 
@@ -104,7 +104,7 @@ def abstract(form, **options):
 
 @functools.cache
 def make(form, key=0, **options):
-    """A network split into graph definition, parameters and other state."""
+    """Returns the graph definition, the parameters and the other state of a network."""
     return parts(build(form, key, **options))
 
 
@@ -118,12 +118,11 @@ def images_for(form, key=0):
 
 
 def loss_and_state(graphdef, params, state, images):
-    """Mean squared distance to fixed random targets, after a training forward."""
+    """Returns the mean squared distance to fixed random targets, and the new state."""
     model = nnx.merge(graphdef, params, state)
-    if isinstance(model, PSPNet):
-        outputs = jnp.stack(model.with_auxiliary(images))
-    else:
-        outputs = model(images)
+    outputs, auxiliary = model.with_auxiliary(images)
+    if auxiliary is not None:
+        outputs = jnp.stack((outputs, auxiliary))
     targets = jax.random.normal(jax.random.key(7), outputs.shape)
     state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
     return ((outputs - targets) ** 2).mean(), state
@@ -146,7 +145,7 @@ def evaluate(graphdef, params, state, images):
 
 
 def assert_close(found, expected, tolerance=2e-5):
-    """Arrays are as close as float32 lets them, measured by the largest of each."""
+    """Asserts that arrays agree up to float32 rounding of their largest entry."""
     leaves = zip(
         jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
     )
@@ -154,7 +153,8 @@ def assert_close(found, expected, tolerance=2e-5):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             assert bool((leaf == other).all())
             continue
-        scale = float(jnp.abs(leaf).max()) + 1e-2  # rounding is all some gradients are
+        # Some gradients consist of rounding errors only.
+        scale = float(jnp.abs(leaf).max()) + 1e-2
         difference = float(jnp.abs(leaf - other).max())
         assert difference <= tolerance * scale, (path, difference, scale)
 
@@ -170,12 +170,13 @@ def test_one_step_along_the_gradient_reduces_the_loss(form):
     (before, changed), grads = gradient(graphdef, params, state, images)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     squares = sum((g**2).sum() for g in jax.tree.leaves(grads))
-    rate = 0.01 * before / squares  # the loss would fall by a hundredth of itself
+    # To first order, this step reduces the loss by a hundredth.
+    rate = 0.01 * before / squares
     stepped = jax.tree.map(lambda p, g: p - rate * g, params, grads)
     (after, _), _ = gradient(graphdef, stepped, state, images)
-    # The same dropout keys: the state is that of the first forward.
+    # The dropout keys are the same, because the state is that of the first forward.
     assert 0.985 * before < after < 0.995 * before
-    # Called with new parameters and with a new state it is the same computation.
+    # New parameters and a new state do not compile again.
     traces = gradient._cache_size()
     gradient(graphdef, stepped, changed, images)
     assert gradient._cache_size() == traces
@@ -190,14 +191,14 @@ def test_training_and_evaluation_differ_only_as_they_should(form):
     again, _ = forward(params, state, images)
     assert all_equal(once, again)
     assert all_equal(kept, state)
-    # One image alone gives what it gives among others.
+    # The output of an image does not depend on the rest of the batch.
     alone, _ = forward(params, state, images[:1].repeat(len(images), axis=0))
     np.testing.assert_allclose(alone[0], once[0], rtol=1e-4, atol=1e-5)
     (_, changed), _ = gradient(graphdef, params, state, images)
     for path, value in jax.tree.leaves_with_path(changed):
         names = [key.key for key in path]
         assert names[-1] in ("mean", "var", "count", "key")
-        # A transformer's first block, which is never left out, draws nothing.
+        # A transformer never skips its first block, so it draws no keys there.
         never_drawn = form == "transformer" and names[:2] == ["blocks", 0]
         same = bool((value == look_up(state, path)).all())
         assert same == (names[-1] == "key" or never_drawn), path
@@ -238,7 +239,7 @@ def test_convolutions_compute_in_bfloat16(form):
         for eqn in jaxpr.eqns
         if eqn.primitive.name == "conv_general_dilated"
     ]
-    # The last convolution of a network that ends with one gives its output.
+    # If a network ends with a convolution, this one returns float32.
     assert dtypes
     assert all(dtype == jnp.bfloat16 for dtype in dtypes[:-1])
     assert len(dtypes) > 3 or form == "discriminator"
@@ -333,7 +334,7 @@ def test_weight_standardization_is_of_all_convolutions_but_the_last(form):
     plain = promotions(abstract(form))
     standardized = promotions(abstract(form, weight_standardization=True))
     kept = [a is b for a, b in zip(plain, standardized, strict=True)]
-    # PSPNet has two last ones; a classifier's is a linear layer.
+    # PSPNet has two last convolutions. Classifiers end with a linear layer.
     ends = {"pspnet": 2, "duc": 1, "unet": 1, "generator": 1, "discriminator": 1}
     assert sum(kept) == ends.get(form, 0)
 
@@ -342,7 +343,7 @@ def test_weight_standardization_is_of_all_convolutions_but_the_last(form):
 def test_frozen_batch_norm_is_batch_norm_in_evaluation(form):
     images = images_for(form)
     graphdef, params, state = make(form)
-    # Statistics and scales that are not those of the beginning.
+    # Change statistics and scales from their initial values.
     _, state = loss_and_state(graphdef, params, state, images)
     params = jax.tree.map(lambda x: x + 0.1, params)
     expected, _ = evaluate(graphdef, params, state, images)

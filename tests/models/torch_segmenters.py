@@ -1,4 +1,4 @@
-"""Segmentation networks in PyTorch, written from their papers, to compare with."""
+"""Reference segmentation networks in PyTorch, written from their papers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
         outputs = 4 * width
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        # Padding by the dilation keeps the size.
+        # Padding equal to the dilation keeps the size.
         self.conv2 = nn.Conv2d(
             width,
             width,

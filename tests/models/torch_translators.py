@@ -1,4 +1,4 @@
-"""Image translation networks in PyTorch, in the form of pix2pix, to compare with."""
+"""Reference networks of pix2pix in PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ F = torch.nn.functional
 
 
 class ConvNorm(nn.Module):
-    """A convolution and, where asked for, its batch norm."""
+    """A convolution and optionally its batch norm."""
 
     def __init__(self, conv: nn.Module, norm: bool):
         super().__init__()
@@ -42,14 +42,14 @@ class UNetGenerator(nn.Module):
         self.up = nn.ModuleList()
         for i in range(depth):
             last = i == depth - 1
-            # After the innermost one, half of the channels are the skip's.
+            # After the innermost block, the skip provides half of the channels.
             inputs = widths[-1 - i] * (1 if i == 0 else 2)
             outputs = channels if last else widths[-2 - i]
             conv = nn.ConvTranspose2d(
                 inputs, outputs, 4, stride=2, padding=1, bias=last
             )
             self.up.append(ConvNorm(conv, norm=not last))
-        # The blocks from 512 to 512 channels, but for the innermost.
+        # These are the blocks from 512 to 512 channels, except the innermost.
         self.dropped = range(1, depth - 4)
 
     def forward(self, x):
@@ -57,8 +57,8 @@ class UNetGenerator(nn.Module):
         skips = []
         for layer in self.down[1:]:
             x = F.leaky_relu(x, 0.2)
-            # The authors' activation works in place, so the skip is what it left.
-            # It makes no difference: a ReLU follows each concatenation, and
+            # The authors' activation works in place and so changes the skip too.
+            # This makes no difference, because a ReLU follows each concatenation and
             # relu(leaky_relu(x)) = relu(x).
             skips.append(x)
             x = layer(x)
@@ -72,7 +72,7 @@ class UNetGenerator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Convolutions with LeakyReLU between them; `biases` as the authors' code."""
+    """Convolutions with LeakyReLU between them and the authors' choice of biases."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         biases=(True, False, True),
         size=4,
     ),
-    # With batch norm the authors' code leaves out the last bias here.
+    # With batch norm, the authors' code has no last bias here.
     "pixelgan": partial(
         Discriminator,
         widths=(64, 128, 1),

@@ -1,4 +1,4 @@
-"""UPANets in PyTorch, as the authors' code computes them, to compare with."""
+"""Reference UPANets in PyTorch, which compute what the authors' code does."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,8 +39,8 @@ class Block(nn.Module):
     """Two convolutions and channel-pixel attention, both of the block's input.
 
     The first block of a stage (`first`) adds a second map of its input after the
-    layer norm and may halve the size; each other one is dense, so its output
-    follows its input.
+    layer norm and may halve the size. The other blocks are dense: they append their
+    output to their input.
     """
 
     def __init__(self, inputs: int, outputs: int, first: bool, halve: bool = False):
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class UPANet(nn.Module):
-    """The networks with block=1: a first and four dense blocks a stage."""
+    """The networks with block=1: each stage has a first block and four dense ones."""
 
     def __init__(self, filters: int, num_classes: int = 10, size: int = 32):
         super().__init__()

@@ -12,7 +12,7 @@ import pytest
 
 import train.__main__ as command_line
 from train import run as train_run
-from train.recipes import RECIPES
+from train.tasks.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def run(monkeypatch, *arguments):
 @pytest.mark.slow
 def test_a_run_leaves_its_folder(tmp_path):
     command = [sys.executable, "-m", "train", "classification", "--dataset", "digits"]
-    command += ["--tricks", "centralize,random", "--epochs", "2"]
+    command += ["--techniques", "centralize,random", "--epochs", "2"]
     # From another folder, where runs/ is made.
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -39,7 +39,7 @@ def test_a_run_leaves_its_folder(tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["data"]["dataset"] == "digits"
-    assert config["config"]["optimizer"]["tricks"] == ["centralize", "random"]
+    assert config["config"]["optimizer"]["tricks"] == ["centralize", "scale_by_random"]
     assert config["config"]["seed"] == 0
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -77,7 +77,7 @@ def events_of(folder):
         (("--augment", "mirrored"), "unknown augmentation 'mirrored'; known: pad_crop"),
         (("--image-size", "0x3"), "'0x3' is no size: write 224, or 360x480"),
         (("--image-size", "32x0"), "'32x0' is no size: write 224, or 360x480"),
-        (("--input", "disk"), "invalid choice 'disk' for argument '--input'"),
+        (("--loader", "disk"), "invalid choice 'disk' for argument '--input'"),
         (("--model", "resnet9"), "resnet110"),
         (("--epoch", "3"), "Perhaps you meant"),
         (("--recipe", "gc"), "gc_cifar100_resnet50"),
@@ -94,10 +94,10 @@ def test_wrong_flags_say_what_exists(monkeypatch, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tricks", "rndom"), "unknown trick 'rndom'; known: random"),
+        (("--techniques", "rndom"), "unknown trick 'rndom'; known: random"),
         (("--learning-rate", "-1"), "learning rate must be above 0 and finite, got -1"),
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
-        (("--accumulate", "3"), "accumulate must divide the batch size, 100; got 3"),
+        (("--grad-accum", "3"), "accumulate must divide the batch size, 100; got 3"),
         (("--seeds", "0"), "seeds must be at least 1, got 0"),
     ],
 )
@@ -111,10 +111,16 @@ def test_help_and_list_of_tricks(monkeypatch, capsys):
         run(monkeypatch, "classification", "--help")
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--dataset", "--model", "--tricks", "--run-dir", "--learning-rate"):
+    for flag in (
+        "--dataset",
+        "--model",
+        "--techniques",
+        "--run-dir",
+        "--learning-rate",
+    ):
         assert flag in text
     run(monkeypatch, "tricks")
-    assert "perturbed_unit" in capsys.readouterr().out
+    assert "perturbed_unit_step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -136,9 +142,18 @@ def test_data_that_cannot_be_trained_on(monkeypatch, tmp_path, arguments, messag
 @pytest.mark.slow
 def test_a_stream_trains_to_the_same_numbers(monkeypatch, tmp_path):
     losses = []
-    for way in ("resident", "stream"):
+    for way in ("memory", "grain"):
         folder = tmp_path / way
-        arguments = ("--epochs", 1, "--input", way, "--workers", 0, "--batch-size", 64)
+        arguments = (
+            "--epochs",
+            1,
+            "--loader",
+            way,
+            "--num-workers",
+            0,
+            "--batch-size",
+            64,
+        )
         arguments += ("--augment", "pad_crop,mirror,color_jitter,cutout")
         run(monkeypatch, "classification", *arguments, "--run-dir", folder)
         losses.append(json.loads((folder / "summary.json").read_text())["train_loss"])
@@ -202,7 +217,7 @@ def records_of(folder):
 
 
 def test_seeds_in_one_command_are_those_of_several(monkeypatch, tmp_path, capsys):
-    common = ("classification", "--epochs", 2, "--tricks", "random")
+    common = ("classification", "--epochs", 2, "--techniques", "scale_by_random")
     run(monkeypatch, *common, "--seeds", 2, "--seed", 1, "--run-dir", tmp_path / "all")
     printed = capsys.readouterr().out
     alone = []
@@ -253,9 +268,9 @@ def test_recipes_are_listed_and_change_the_defaults(monkeypatch, tmp_path, capsy
 def test_a_recipe_is_trained_with_the_flags_that_change_it(monkeypatch, tmp_path):
     arguments = ("classification", "--recipe", "pugd_cifar10_upanet16")
     arguments += ("--dataset", "digits", "--model", "resnet8", "--epochs", 1)
-    arguments += ("--augment", "mirror", "--run-dir", tmp_path / "run")
+    arguments += ("--augment", "random_flip", "--run-dir", tmp_path / "run")
     run(monkeypatch, *arguments)
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert config["optimizer"]["tricks"] == ["perturbed_unit"]
+    assert config["optimizer"]["tricks"] == ["perturbed_unit_step"]
     assert config["model"] == "resnet8"
-    assert config["data"]["augment"] == ["mirror"]
+    assert config["data"]["augment"] == ["random_flip"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-
 from tests.train.test_loop import program, run, without_seconds
-from train.preemption import EXIT_CODE
+
+from train.output.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 6
@@ -165,7 +165,7 @@ def test_one_that_cannot_go_on_ends_by_itself_and_the_others_do_too(tmp_path):
 
 def test_of_a_stream_each_reads_its_part_and_one_writes(tmp_path, alone):
     folder = tmp_path / "run"
-    with pair(folder, "--input", "stream", "--workers", 0) as started:
+    with pair(folder, "--loader", "grain", "--num-workers", 0) as started:
         codes, said = finish(started)
     assert codes == [0, 0], said
     assert_same_run(folder, alone)

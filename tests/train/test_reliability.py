@@ -14,14 +14,20 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train.__main__ as command_line
-from train.checkpoints import Checkpoints
-from train.preemption import EXIT_CODE
+from train.output.checkpoints import Checkpoints
+from train.output.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
 EPOCHS = 4
 COMMON = (
-    *("classification", "--tricks", "perturbed_unit,random", "--augment", "pad_crop"),
+    *(
+        "classification",
+        "--techniques",
+        "perturbed_unit,random",
+        "--augment",
+        "pad_crop",
+    ),
     *("--checkpoint-minutes", "0", "--log-every", "3", "--ema", "0.9"),
 )
 

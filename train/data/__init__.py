@@ -1,4 +1,4 @@
-"""Datasets: prepared once from real files, then read without TensorFlow.
+"""Datasets that are prepared once from real files, then read without TensorFlow.
 
 >>> from train import data
 >>> digits = data.load("digits")
@@ -12,10 +12,15 @@ Importing this module registers its builders with TFDS, so that `tfds.builder("c
 finds them.
 """
 
-from train.data._catalogue import default_data_dir, folder_of, prepare, prepared
-from train.data._dataset import Dataset, Split
-from train.data._prepared import Prepared, load, open_prepared
-from train.data.builders import BUILDERS
+from train.data.dataset import Dataset, Split
+from train.data.preparation.builders import BUILDERS
+from train.data.preparation.catalogue import (
+    default_data_dir,
+    folder_of,
+    prepare,
+    prepared,
+)
+from train.data.preparation.prepared import Prepared, load, open_prepared
 
 __all__ = [
     "BUILDERS",

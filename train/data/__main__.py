@@ -14,10 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.extras import SubcommandApp
 
-from train import data
-from train.data import contact_sheet
-from train.data._builder import summarize
-from train.data._statistics import Statistics
+from train import contact_sheet, data
+from train.data.preparation.builder import summarize
+from train.data.preparation.measure import SplitStatistics
 from train.errors import UsageError
 from train.progress import make_console, shown_on
 
@@ -31,7 +30,7 @@ DataDir = Path | None
 
 @app.command(name="list")
 def list_datasets(data_dir: DataDir = None) -> None:
-    """List the datasets that can be prepared, and those that are.
+    """List the datasets that can be prepared, and those that are prepared.
 
     Args:
       data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
@@ -39,7 +38,7 @@ def list_datasets(data_dir: DataDir = None) -> None:
     table = Table("name", "what it is", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, builder in data.BUILDERS.items():
         shown = f"{name}/NAME" if builder.NEEDS_NAME else name
-        table.add_row(shown, builder.__doc__.partition("\n")[0])
+        table.add_row(shown, (builder.__doc__ or "").partition("\n")[0])
     table.add_row(
         "cifar10, cifar100, imagenet2012, ...",
         "the catalogue of tensorflow-datasets",
@@ -63,12 +62,12 @@ def prepare(
     """Check the files of a dataset and write them in the form that training reads.
 
     Args:
-      name: of the dataset; your own is image_folder/NAME, segmentation_folder/NAME or
-        paired_images/NAME.
+      name: name of the dataset; your own is image_folder/NAME,
+        segmentation_folder/NAME or paired_images/NAME.
       source: folder, zip or tar with the files.
       data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
-      skip_bad: leave out files that cannot be used, and say which.
-      test_fraction: share to test on, of your own data without folders of splits.
+      skip_bad: leave out files that cannot be used, and list them.
+      test_fraction: share of your own data to test on, if it has no split folders.
       classes: names of the classes in your own masks, from value 0: road,car,sky.
       ignore_label: value of pixels without a class in your own masks, 255 if unset.
     """
@@ -109,7 +108,7 @@ def info(name: Name, data_dir: DataDir = None) -> None:
     """Show splits, counts, sizes, class frequencies, and means of a prepared dataset.
 
     Args:
-      name: of the dataset.
+      name: name of the dataset.
       data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
     """
     found = data.open_prepared(name, data_dir=data_dir, progress=progress)
@@ -132,7 +131,7 @@ def info(name: Name, data_dir: DataDir = None) -> None:
             )
 
 
-def _sizes(found: Statistics) -> str:
+def _sizes(found: SplitStatistics) -> str:
     ranges = (
         str(low) if low == high else f"{low}-{high}"
         for low, high in (found.widths, found.heights)
@@ -140,7 +139,7 @@ def _sizes(found: Statistics) -> str:
     return " x ".join(ranges)
 
 
-def _moments(found: Statistics) -> list[str]:
+def _moments(found: SplitStatistics) -> list[str]:
     return [
         " / ".join(
             "(" + ", ".join(f"{x:.4f}" for x in values) + ")"
@@ -151,7 +150,7 @@ def _moments(found: Statistics) -> list[str]:
 
 
 def _frequencies(
-    key: str, dataset: data.Prepared, measured: dict[str, Statistics]
+    key: str, dataset: data.Prepared, measured: dict[str, SplitStatistics]
 ) -> Table:
     table = Table("value", "class", box=box.SIMPLE_HEAD)
     for split in measured:
@@ -186,12 +185,12 @@ def show(
     """Draw examples of a prepared dataset, chosen at random, to a PNG file.
 
     Args:
-      name: of the dataset.
-      output: the file; NAME-SPLIT.png in this folder if unset.
-      split: to choose from.
-      task: what to show of a dataset that serves several.
-      count: examples to draw.
-      seed: of the choice.
+      name: name of the dataset.
+      output: the file; NAME-SPLIT.png in the current folder if unset.
+      split: split to choose from.
+      task: task whose images are drawn, if the dataset serves several.
+      count: number of examples to draw.
+      seed: seed of the choice.
       data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
     """
     if count < 1:
@@ -214,7 +213,8 @@ def show(
     path = output or Path(f"{name.replace('/', '-')}-{split}.png")
     title = f"{name}, {count} of {len(source):,} in {split}"
     if "label" in fields:
-        labels, names = arrays["label"], (*found.class_names, "unlabelled")  # is -1
+        labels = np.stack(arrays["label"])
+        names = (*found.class_names, "unlabelled")  # -1 means unlabelled
         contact_sheet.labelled(arrays["image"], labels, names, path, title=title)
     elif "mask" in fields:
         contact_sheet.segmented(
@@ -232,10 +232,12 @@ def show(
 
 
 def main() -> None:
-    """Runs the command line; errors a user can mend are one line, without a trace."""
-    logging.set_verbosity(logging.ERROR)  # TFDS tells of what this does on purpose
+    """Runs the command line; errors that a user can fix are one line."""
+    logging.set_verbosity(logging.ERROR)  # TFDS logs what this does on purpose
     try:
-        app.cli(prog="python -m train.data", description="Prepare and see datasets.")
+        app.cli(
+            prog="python -m train.data", description="Prepare and inspect datasets."
+        )
     except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Augmentation: pure functions of a key and a batch, to run inside a training step.
+"""Augmentations, pure functions of a key and a batch, run inside a training step.
 
 A batch is a dict of arrays whose first axis counts examples. Its pictures share height
 and width:
@@ -7,15 +7,15 @@ and width:
 * "mask": (examples, height, width), uint8 labels of pixels.
 
 Geometric augmentations move all pictures of an example alike, so that image and mask,
-or input and target, stay aligned; each keeps its dtype. Photometric ones change "image"
-only: in a pair they would change what is to be predicted. Other entries ("label",
-"weight") pass through untouched.
+or input and target, stay aligned. They keep the dtypes. Photometric ones change "image"
+only, since in a pair they would change what is to be predicted. Other entries, such as
+"label", are returned unchanged.
 
 >>> import jax, jax.numpy as jnp
 >>> from train.data import augment
 >>> augmentation = augment.chain(
 ...     augment.pad_crop(4),
-...     augment.mirror(),
+...     augment.random_flip(),
 ...     augment.normalize(mean=(0.5,), std=(0.25,)),
 ... )
 >>> batch = {"image": jnp.zeros((2, 8, 8, 1), jnp.uint8), "label": jnp.arange(2)}
@@ -30,6 +30,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from train.data import boxes
 
 Batch = dict[str, jax.Array]
 Augmentation = Callable[[jax.Array, Batch], Batch]
@@ -41,10 +44,10 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def chain(*augmentations: Augmentation) -> Augmentation:
-    """Applies augmentations one after the other, each with a key of its own.
+    """Applies augmentations one after the other, each with its own key.
 
     >>> import jax, jax.numpy as jnp
-    >>> flip_twice = chain(mirror(1.0), mirror(1.0))
+    >>> flip_twice = chain(random_flip(1.0), random_flip(1.0))
     >>> batch = {"image": jnp.arange(3.0).reshape(1, 1, 3, 1)}
     >>> flip_twice(jax.random.key(0), batch)["image"].ravel().tolist()
     [0.0, 1.0, 2.0]
@@ -60,11 +63,11 @@ def chain(*augmentations: Augmentation) -> Augmentation:
 
 
 def pad_crop(padding: int = 4, *, ignore_label: int = 255) -> Augmentation:
-    """Shifts pictures by up to `padding` pixels: pads all sides, crops at random.
+    """Shifts pictures by up to `padding` pixels: pads all sides and crops at random.
 
     Args:
-      padding: pixels added to each side, 0 in images.
-      ignore_label: what is added to masks.
+      padding: number of pixels added to each side, which are 0 in images.
+      ignore_label: value of the pixels added to masks.
 
     Raises:
       ValueError: if an argument is not a whole number in its range.
@@ -89,11 +92,11 @@ def pad_crop(padding: int = 4, *, ignore_label: int = 255) -> Augmentation:
 
 
 def random_crop(size: Size) -> Augmentation:
-    """Cuts pictures to (height, width) at a random place.
+    """Crops pictures to (height, width) at a random place.
 
     Raises:
       ValueError: if the size is not a pair of whole numbers above 0; and when called,
-        if it exceeds that of the pictures.
+        if it exceeds the size of the pictures.
 
     >>> import jax, jax.numpy as jnp
     >>> batch = {"image": jnp.arange(9).reshape(1, 1, 9, 1)}
@@ -118,12 +121,12 @@ def random_crop(size: Size) -> Augmentation:
 
 
 def center_crop(size: Size) -> Augmentation:
-    """Cuts pictures to (height, width) around their centre, whatever the key.
+    """Crops pictures to (height, width) around their centre, for evaluation.
 
-    For evaluation. An odd pixel is left over at the bottom and on the right.
+    The key is ignored. An odd pixel is left over at the bottom and on the right.
 
     Raises:
-      ValueError: as `random_crop`.
+      ValueError: in the same cases as `random_crop`.
 
     >>> import jax, jax.numpy as jnp
     >>> batch = {"image": jnp.arange(9).reshape(1, 1, 9, 1)}
@@ -141,15 +144,15 @@ def center_crop(size: Size) -> Augmentation:
     return augment
 
 
-def mirror(probability: float = 0.5) -> Augmentation:
+def random_flip(probability: float = 0.5) -> Augmentation:
     """Exchanges left and right in an example with a probability.
 
     Raises:
-      ValueError: if the probability is not from 0 to 1.
+      ValueError: if the probability is not in [0, 1].
 
     >>> import jax, jax.numpy as jnp
     >>> batch = {"mask": jnp.arange(3).reshape(1, 1, 3)}
-    >>> mirror(1.0)(jax.random.key(0), batch)["mask"].ravel().tolist()
+    >>> random_flip(1.0)(jax.random.key(0), batch)["mask"].ravel().tolist()
     [2, 1, 0]
     """
     _check("probability", probability, 0 <= probability <= 1, "from 0 to 1")
@@ -167,21 +170,25 @@ def mirror(probability: float = 0.5) -> Augmentation:
 
 
 def random_resized_crop(
-    size: Size, *, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4, 4 / 3)
+    size: Size, *, scale: Range = boxes.SCALE, ratio: Range = boxes.RATIO
 ) -> Augmentation:
     """Cuts a box of random area and shape from pictures and resizes it.
 
     The box has a uniform share of the picture's area and a log-uniform ratio of width
-    to height, and lies anywhere inside. Large boxes fit at some ratios only: theirs is
-    drawn from these, so that the area stays uniform. (torchvision draws area and ratio
-    again, which makes large boxes rarer.) Images are resized bilinearly with
-    antialiasing, masks read at the nearest pixels to the same points.
+    to height, and lies anywhere inside. Large boxes fit at some ratios only; their
+    ratio is drawn from those, so that the area stays uniform. (torchvision draws area
+    and ratio again, which makes large boxes rarer.) Images are resized bilinearly with
+    antialiasing; masks take the nearest pixels to the same points.
+
+    To keep all detail, the pictures should have the size in which they are stored. For
+    pictures of different sizes, `train.data.dataset.RandomResizedCrop` cuts such boxes
+    while they are decoded.
 
     Args:
-      size: (height, width) of the result, in pixels.
-      scale: least and largest share of the area.
-      ratio: least and largest width / height; where no box in this range has the area
-        drawn, the nearest ratio that fits is taken.
+      size: (height, width) of the result in pixels.
+      scale: least and largest share of the picture's area.
+      ratio: least and largest width / height of the box; where no box in this range has
+        the area drawn, the nearest ratio that fits is taken.
 
     Raises:
       ValueError: if an argument is not in its range.
@@ -201,19 +208,14 @@ def random_resized_crop(
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         examples, height, width = _shape(batch)
-        area_key, ratio_key, place_key = jax.random.split(key, 3)
-        share = jax.random.uniform(
-            area_key, (examples,), minval=scale[0], maxval=scale[1]
-        )
-        area = share * height * width
-        # Between these a box of this area fits.
-        least, most = area / height**2, width**2 / area
-        low, high = (jnp.log(jnp.clip(r, least, most)) for r in ratio)
-        shape = jnp.exp(
-            jax.random.uniform(ratio_key, (examples,), minval=low, maxval=high)
-        )
-        sides = jnp.stack([jnp.sqrt(area / shape), jnp.sqrt(area * shape)], axis=-1)
-        return _resample_at_random(place_key, batch, sides, size)
+        *draw_keys, place_key = jax.random.split(key, 3)
+        keys = iter(draw_keys)  # one for the area, one for the ratio
+
+        def uniform(low: jax.Array | float, high: jax.Array | float) -> jax.Array:
+            return jax.random.uniform(next(keys), (examples,), minval=low, maxval=high)
+
+        sides = boxes.draw_sides(uniform, height, width, scale, ratio, jnp)
+        return _resample_at_random(place_key, batch, jnp.stack(sides, axis=-1), size)
 
     return augment
 
@@ -223,15 +225,15 @@ def random_scale_crop(
 ) -> Augmentation:
     """Resizes pictures by a random factor and crops them at random.
 
-    The usual augmentation for segmentation. The factor is uniform and the same for
-    height and width. A picture that becomes smaller than the crop lies anywhere in it,
-    with 0 around images. Images are resized bilinearly with antialiasing, masks read at
-    the nearest pixels to the same points.
+    This is the usual augmentation for segmentation. The factor is uniform and the same
+    for height and width. A picture that becomes smaller than the crop lies anywhere in
+    it, with 0 around images. Images are resized bilinearly with antialiasing; masks
+    take the nearest pixels to the same points.
 
     Args:
-      size: (height, width) of the crop, in pixels.
+      size: (height, width) of the crop in pixels.
       scale: least and largest factor.
-      ignore_label: what is around masks.
+      ignore_label: value around masks.
 
     Raises:
       ValueError: if an argument is not in its range.
@@ -270,19 +272,19 @@ def color_jitter(
     """Changes brightness, contrast, saturation and hue of images, in this order.
 
     Each of the first three, x, draws a factor uniformly from max(0, 1 - x) to 1 + x;
-    it multiplies the image's difference from black, from its mean grey, and from each
-    pixel's grey. Results are cut off at 0 and 255. All as in torchvision, where the
-    order is random, though. Images are RGB, 0 to 255; on images of one channel
-    saturation and hue do nothing.
+    it multiplies the difference from black, from the mean grey of the image, and from
+    the grey of each pixel. Results are clipped to [0, 255]. This is what torchvision
+    does, but for its random order. Images are RGB from 0 to 255; on images of one
+    channel, saturation and hue do nothing.
 
     Args:
       brightness: at least 0.
       contrast: at least 0.
       saturation: at least 0.
-      hue: largest turn either way, in parts of the colour circle, at most 0.5.
+      hue: largest rotation either way, as a part of the colour circle, at most 0.5.
 
     Returns:
-      An augmentation after which "image" is float32 from 0 to 255.
+      An augmentation that makes "image" float32 from 0 to 255.
 
     Raises:
       ValueError: if an argument is not in its range; and when called, if images have
@@ -308,7 +310,7 @@ def color_jitter(
         image = _stretch(keys[1], image, mean_gray, contrast)
         if image.shape[-1] == 3:
             image = _stretch(keys[2], image, _gray(image), saturation)
-            if hue > 0:  # it costs most, and rounds on the way there and back
+            if hue > 0:  # it costs most, and rounds even where it changes nothing
                 image = _turn_hue(keys[3], image, hue)
         return batch | {"image": image}
 
@@ -318,11 +320,11 @@ def color_jitter(
 def cutout(size: int) -> Augmentation:
     """Sets a square of images to 0, centred on a random pixel.
 
-    It may hang over the border, where it loses area. The paper's 0 is the mean colour:
-    put `cutout` after `normalize`; before it, 0 is black.
+    The part beyond the border is lost. In the paper, 0 is the mean colour: put `cutout`
+    after `normalize`, since before it 0 is black.
 
     Args:
-      size: side of the square, in pixels.
+      size: side of the square in pixels.
 
     Raises:
       ValueError: if the size is not a whole number above 0.
@@ -355,11 +357,11 @@ def cutout(size: int) -> Augmentation:
 
 
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Augmentation:
-    """Turns images into float32 (image / 255 - mean) / std, whatever the key.
+    """Makes images float32, (image / 255 - mean) / std; the key is ignored.
 
     Args:
-      mean: per channel, of images scaled to [0, 1].
-      std: likewise the standard deviation, above 0.
+      mean: mean of each channel of images scaled to [0, 1].
+      std: standard deviation of each channel, likewise, above 0.
 
     Raises:
       ValueError: if an argument is not in its range or their lengths differ; and when
@@ -386,7 +388,7 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Augmentation:
 
 
 def _shape(batch: Batch) -> tuple[int, int, int]:
-    """The (examples, height, width) that all pictures of a batch have."""
+    """Returns the (examples, height, width) of all pictures of a batch."""
     dims = dict.fromkeys(_IMAGES, 4) | {"mask": 3}
     shapes = {name: batch[name].shape for name in dims if name in batch}
     if len({shape[:3] for shape in shapes.values()}) != 1 or any(
@@ -397,10 +399,13 @@ def _shape(batch: Batch) -> tuple[int, int, int]:
             "width, channels) or 'mask' of (examples, height, width), all alike in the "
             f"first three; got {shapes or list(batch)}"
         )
-    return next(iter(shapes.values()))[:3]
+    examples, height, width = next(iter(shapes.values()))[:3]
+    return examples, height, width
 
 
-def _image(batch: Batch, channels: Sequence[int] = ()) -> jax.Array:
+def _image(
+    batch: Batch, channels: Sequence[int] = ()
+) -> Num[jax.Array, "examples height width channels"]:
     shape = batch["image"].shape if "image" in batch else ()
     if len(shape) != 4 or (channels and shape[-1] not in channels):
         wanted = " or ".join(map(str, channels)) or "any"
@@ -414,13 +419,13 @@ def _image(batch: Batch, channels: Sequence[int] = ()) -> jax.Array:
 def _move(
     move: Callable[[jax.Array, int], jax.Array], batch: Batch, ignore_label: int = 255
 ) -> Batch:
-    """Applies (picture, what to fill it up with) -> picture to all pictures."""
+    """Applies a function (picture, fill value) -> picture to all pictures."""
     fills = dict.fromkeys(_IMAGES, 0) | {"mask": ignore_label}
     return batch | {k: move(batch[k], v) for k, v in fills.items() if k in batch}
 
 
 def _room(batch: Batch, size: Size) -> Size:
-    """How far a crop can move down and to the right."""
+    """Returns how far a crop can move down and to the right."""
     _, height, width = _shape(batch)
     if size[0] > height or size[1] > width:
         raise ValueError(
@@ -431,19 +436,23 @@ def _room(batch: Batch, size: Size) -> Size:
 
 
 def _resample_at_random(
-    key: jax.Array, batch: Batch, sides: jax.Array, size: Size, ignore_label: int = 255
+    key: jax.Array,
+    batch: Batch,
+    sides: Float[jax.Array, "examples 2"],
+    size: Size,
+    ignore_label: int = 255,
 ) -> Batch:
-    """Places a box of given sides in each example's pictures and resamples it.
+    """Places a box at random in the pictures of each example, and resamples it.
 
-    Where a side is shorter than the picture's, the box lies within; where it is longer,
-    the box contains the picture.
+    Along an axis where the box is shorter than the picture, it lies inside; where it is
+    longer, it contains the picture.
 
     Args:
       key: decides the places.
       batch: the pictures.
-      sides: (height, width) of the boxes, float32 (examples, 2), in pixels.
+      sides: (height, width) of the boxes in pixels, float32 (examples, 2).
       size: (height, width) of the result.
-      ignore_label: what masks have outside the picture.
+      ignore_label: value of masks outside the picture.
     """
     room = jnp.asarray(_shape(batch)[1:]).reshape(1, 2) - sides
     corners = room * jax.random.uniform(key, sides.shape)
@@ -456,18 +465,23 @@ def _resample_at_random(
 
 
 def _resample(
-    picture: jax.Array, corner: jax.Array, sides: jax.Array, *, size: Size, fill: int
-) -> jax.Array:
-    """Resizes a box of a picture, with `fill` where it reaches beyond.
+    picture: Num[jax.Array, "height width *channels"],
+    corner: Float[jax.Array, "2"],
+    sides: Float[jax.Array, "2"],
+    *,
+    size: Size,
+    fill: int,
+) -> Num[jax.Array, "new_height new_width *channels"]:
+    """Resizes a box of a picture, with `fill` where it reaches outside the picture.
 
     Args:
       picture: image (height, width, channels) or mask (height, width).
       corner: (top, left) of the box in pixels; pixel i reaches from i to i + 1.
-      sides: its (height, width).
+      sides: (height, width) of the box in pixels.
       size: (height, width) of the result.
       fill: value outside the picture.
     """
-    # Centres of the new pixels, in the picture's coordinates.
+    # Centres of the new pixels in the coordinates of the picture.
     rows, columns = (
         corner[i] + sides[i] / size[i] * (jnp.arange(size[i]) + 0.5) for i in range(2)
     )
@@ -485,7 +499,7 @@ def _resample(
         translation=-corner * zoom,
         method="linear",
     )
-    # Weighted means stay in the range of the picture: rounding is all that is needed.
+    # Weighted means stay in the range of the picture, so rounding suffices.
     if jnp.issubdtype(picture.dtype, jnp.integer):
         resized = jnp.round(resized)
     return jnp.where(inside[:, :, None], resized, fill).astype(picture.dtype)
@@ -494,29 +508,33 @@ def _resample(
 def _stretch(
     key: jax.Array, image: jax.Array, origin: jax.Array, strength: float
 ) -> jax.Array:
-    """Multiplies the difference from an origin by a factor around 1."""
+    """Multiplies the difference from an origin by a random factor around 1."""
     shape = (len(image), 1, 1, 1)
     low, high = max(0, 1 - strength), 1 + strength
     factor = jax.random.uniform(key, shape, minval=low, maxval=high)
     return jnp.clip(factor * image + (1 - factor) * origin, 0, 255)
 
 
-def _gray(image: jax.Array) -> jax.Array:
-    """Brightness as seen, in one channel."""
+def _gray(
+    image: Num[jax.Array, "examples height width channels"],
+) -> Num[jax.Array, "examples height width 1"]:
+    """Returns the perceived brightness, in one channel."""
     if image.shape[-1] == 1:
         return image
     luma = jnp.asarray(_LUMA, image.dtype).reshape(1, 1, 1, 3)
     return (image * luma).sum(-1, keepdims=True)
 
 
-def _turn_hue(key: jax.Array, image: jax.Array, limit: float) -> jax.Array:
-    """Turns the hue by up to a part of the circle; keeps the extremes of channels."""
+def _turn_hue(
+    key: jax.Array, image: Float[jax.Array, "examples height width 3"], limit: float
+) -> Float[jax.Array, "examples height width 3"]:
+    """Rotates the hue at random; keeps the largest and least channel values."""
     turn = jax.random.uniform(key, (len(image), 1, 1), minval=-limit, maxval=limit)
     red, green, blue = jnp.moveaxis(image, -1, 0)
     value = image.max(-1)
     chroma = value - image.min(-1)
-    safe = jnp.where(chroma > 0, chroma, 1)  # grey has no hue: any will do
-    # In sixths of the circle, from red; the largest channel tells which third it is.
+    safe = jnp.where(chroma > 0, chroma, 1)  # the hue of grey does not matter
+    # The hue in sixths of the circle from red; the largest channel tells the third.
     hue = jnp.select(
         [value == red, value == green],
         [(green - blue) / safe, 2 + (blue - red) / safe],
@@ -525,7 +543,7 @@ def _turn_hue(key: jax.Array, image: jax.Array, limit: float) -> jax.Array:
     hue += 6 * turn
 
     def channel(peak: int) -> jax.Array:
-        # Full within one sixth of the channel's own hue, gone beyond two.
+        # A channel is full within one sixth of its own hue and zero beyond two.
         offset = hue - peak + 3
         distance = jnp.abs(offset - 6 * jnp.floor(offset / 6) - 3)  # % is slow
         return value - chroma * jnp.clip(distance - 1, 0, 1)

@@ -1,6 +1,7 @@
-"""What a run says of its data, on the command line and in its config."""
+"""The config of the data of a run."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,36 +9,28 @@ from jax.sharding import Mesh
 from tyro.constructors import PrimitiveConstructorSpec
 
 from train.data import augment
-from train.data._dataset import Dataset
-from train.data._prepared import load
 from train.data.augment import Augmentation
-from train.data.inputs import Input, open_inputs
+from train.data.dataset import Dataset, RandomResizedCrop, Split
+from train.data.loaders import Loader, memory_limit, open_loaders
+from train.data.preparation.prepared import load
 from train.errors import UsageError
 from train.progress import Progress, silent
+from train.settings import NameList, NonNegative, Positive, settings
 
 AUGMENTATIONS = {
     "pad_crop": "random crop after padding by 4 pixels",
-    "mirror": "left and right changed in one half of the images",
-    "random_resized_crop": "a random part of the image, scaled to its size",
+    "random_flip": "left and right exchanged in half of the images",
+    "random_resized_crop": "a random part of the stored image, resized",
     "random_scale_crop": "scaled by a factor from 0.5 to 2, then cropped",
     "color_jitter": "brightness, contrast and saturation changed by up to 0.4",
-    "cutout": "a square of half the image's height left out",
+    "cutout": "a square of half the image's height erased",
 }
 
-# They change what an image looks like: in a pair that is what is to be predicted.
+# They change the looks of an image, which in a pair are to be predicted.
 _PHOTOMETRIC = ("color_jitter", "cutout")
 
-# They crop by themselves.
+# They bring images to the training size, so that no other crop is needed.
 _RESIZING = ("random_resized_crop", "random_scale_crop")
-
-
-def _parse_augment(arguments: list[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in arguments[0].split(",") if name.strip())
-    for name in names:
-        if name not in AUGMENTATIONS:
-            known = "; ".join(f"{k} ({v})" for k, v in AUGMENTATIONS.items())
-            raise ValueError(f"unknown augmentation {name!r}; known: {known}")
-    return names
 
 
 def _parse_size(arguments: list[str]) -> tuple[int, int] | None:
@@ -51,7 +44,7 @@ def _parse_size(arguments: list[str]) -> tuple[int, int] | None:
 
 
 Size = Annotated[
-    tuple[int, int] | None,
+    tuple[Positive[int], Positive[int]] | None,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="N|HxW",
@@ -62,41 +55,43 @@ Size = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class DataConfig:
     """The images to train and evaluate on."""
 
     dataset: str = "digits"
     """Name of a prepared dataset; `python -m train.data list` shows them."""
-    evaluate_on: Literal["test", "validation"] = "test"
-    """Validation is a fifth of the training images, where there is none already."""
+    eval_split: Literal["test", "validation"] = "test"
+    """Split to evaluate on; a fifth of the training images is held out for validation
+    if the dataset has no such split."""
     image_size: Size = None
-    """Pixels that images are brought to; needed only if they differ in size."""
+    """Height and width to which images are brought; needed only if they differ in
+    size."""
     crop: Size = None
-    """Pixels that training images are cropped to, at random; all of them if unset."""
-    augment: Annotated[
-        tuple[str, ...],
-        PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="NAME,NAME,...",
-            instance_from_str=_parse_augment,
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(value)],
-        ),
-    ] = ()
-    """Random changes: pad_crop, mirror, random_resized_crop, random_scale_crop,
-    color_jitter, cutout."""
+    """Height and width to which training images are cropped at random; not cropped if
+    unset."""
+    augment: Annotated[tuple[str, ...], NameList("augmentation", AUGMENTATIONS)] = ()
+    """Random changes of training images: pad_crop, random_flip, random_resized_crop,
+    random_scale_crop, color_jitter, cutout."""
     direction: Literal["AtoB", "BtoA"] = "AtoB"
-    """Which half of a pair is translated into which; A is on the left."""
-    input: Literal["auto", "resident", "stream"] = "auto"
-    """In the device's memory, or decoded while training; auto goes by the size."""
-    workers: int | None = None
-    """Processes that decode a stream; 0 for threads."""
+    """Which half of a pair is translated into the other; A is on the left."""
+    loader: Literal["auto", "memory", "grain"] = "auto"
+    """Whether images are kept in the memory of the device or decoded by Grain while
+    training; auto keeps them if they fit in a quarter of the memory."""
+    num_workers: NonNegative[int] | None = None
+    """Processes in which Grain decodes, 0 for threads; by the number of cores if
+    unset."""
     data_dir: Path | None = None
     """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
 
     def load(self, task: str, progress: Progress = silent) -> Dataset:
-        """The dataset for a task, with the split to evaluate on."""
+        """Loads the dataset for a task, with the split to evaluate on.
+
+        The first call decodes all images to measure them. If they are to be kept in
+        memory, the same pass writes the cache from which `open` reads.
+        """
+        train_size = None if self._crops_stored_images else self.image_size
+        sizes = {("train", train_size), (self.eval_split, self.image_size)}
         dataset = load(
             self.dataset,
             task=task,
@@ -104,21 +99,60 @@ class DataConfig:
             direction=self.direction,
             data_dir=self.data_dir,
             progress=progress,
+            cache=() if self.loader == "grain" else sizes,
+            max_cache_bytes=memory_limit() if self.loader == "auto" else math.inf,
         )
-        return dataset.hold_out() if self.evaluate_on == "validation" else dataset
+        return dataset.hold_out() if self.eval_split == "validation" else dataset
 
     def open(
         self, dataset: Dataset, mesh: Mesh | None = None, progress: Progress = silent
-    ) -> tuple[Input, Input]:
-        """The inputs to train and to evaluate on, on the devices of a mesh."""
-        splits = {name: dataset.split(name) for name in ("train", self.evaluate_on)}
-        inputs = open_inputs(
-            splits, mesh, mode=self.input, num_workers=self.workers, progress=progress
+    ) -> tuple[Loader, Loader]:
+        """Opens the loaders to train and to evaluate on, on the devices of a mesh.
+
+        Raises:
+          UsageError: if the dataset has no such splits, or images cannot be kept in
+            memory that `random_resized_crop` cuts while they are decoded.
+        """
+        loaders = open_loaders(
+            {
+                "train": self.training_split(dataset),
+                "eval": dataset.split(self.eval_split),
+            },
+            mesh,
+            mode=self.loader,
+            num_workers=self.num_workers,
+            progress=progress,
         )
-        return inputs["train"], inputs[self.evaluate_on]
+        return loaders["train"], loaders["eval"]
+
+    def training_split(self, dataset: Dataset) -> Split:
+        """Returns the training split with the reader that training takes.
+
+        `random_resized_crop` cuts its boxes from the images as they are stored, so that
+        it loses no detail. Where these have one size, they are read at that size and
+        cropped on the device. Where they differ in size, they are cropped while they
+        are decoded. In all other cases images are brought to `image_size`, as those to
+        evaluate on are.
+        """
+        split = dataset.split("train")
+        if not self._crops_stored_images:
+            return split
+        if split.stored_size is not None:
+            reader = dataclasses.replace(split.reader, size=split.stored_size)
+        else:
+            reader = dataclasses.replace(
+                split.reader,
+                size=self.training_size(dataset),
+                random_crop=RandomResizedCrop(),
+            )
+        return dataclasses.replace(split, reader=reader)
+
+    @property
+    def _crops_stored_images(self) -> bool:
+        return "random_resized_crop" in self.augment
 
     def training_size(self, dataset: Dataset) -> tuple[int, int]:
-        """(height, width) of images as they are trained on.
+        """Returns (height, width) of the images that the network is trained on.
 
         Raises:
           UsageError: if the crop is larger than the images.
@@ -130,28 +164,28 @@ class DataConfig:
             cropped, whole = ("x".join(map(str, x)) for x in (self.crop, size))
             raise UsageError(
                 f"a crop of {cropped} does not fit images of {whole}: choose a smaller "
-                "--crop, or bring them to a larger --image-size"
+                "crop or a larger image_size"
             )
         return self.crop
 
     def augmentation(self, dataset: Dataset, normalize: Augmentation) -> Augmentation:
-        """The random changes, with the normalisation where it belongs among them.
+        """Returns the random changes made on the device, and the normalisation.
 
         Raises:
-          UsageError: if the crop is larger than the images, or a pair would be changed
-            in its looks.
+          UsageError: if the crop is larger than the images, or the looks of a pair
+            would be changed.
         """
         photometric = [name for name in self.augment if name in _PHOTOMETRIC]
         if photometric and dataset.task == "translation":
             raise UsageError(
                 f"{photometric[0]} changes what is to be predicted in a pair: leave it "
-                "out of --augment"
+                "out of augment"
             )
         size = self.training_size(dataset)
         ignore_label = dataset.split("train").reader.ignore_label
         made = {
             "pad_crop": lambda: augment.pad_crop(ignore_label=ignore_label),
-            "mirror": lambda: augment.mirror(),
+            "random_flip": lambda: augment.random_flip(),
             "random_resized_crop": lambda: augment.random_resized_crop(size),
             "random_scale_crop": lambda: augment.random_scale_crop(
                 size, ignore_label=ignore_label
@@ -159,9 +193,12 @@ class DataConfig:
             "color_jitter": lambda: augment.color_jitter(),
             "cutout": lambda: augment.cutout(max(1, size[0] // 2)),
         }
-        changes = [made[name]() for name in self.augment if name != "cutout"]
+        elsewhere = {"cutout"}  # comes after the normalisation
+        if self.training_split(dataset).reader.random_crop is not None:
+            elsewhere.add("random_resized_crop")  # happens while images are decoded
+        changes = [made[name]() for name in self.augment if name not in elsewhere]
         if self.crop and not set(_RESIZING) & set(self.augment):
             changes.append(augment.random_crop(size))
-        # What cutout leaves is then the mean colour, as its paper has it.
+        # There, cutout erases to the mean colour, as in its paper.
         after = [made["cutout"]()] if "cutout" in self.augment else []
         return augment.chain(*changes, normalize, *after)

@@ -2,69 +2,63 @@
 
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
 
 import models
-from train import figures
+from train import plots
 from train.config import TrainingConfig
 from train.data import Dataset, augment
 from train.data.augment import Augmentation
 from train.errors import UsageError
 from train.metrics import confusion_matrix
-from train.optimizers import OptimizerConfig
-from train.progress import Progress, silent
-from train.step import Metrics, Models
-from train.tasks._checks import check_images
-from train.tasks._words import in_words
-
-NAME = "classification"
-METRIC = "accuracy"
-
-ModelName = tyro.extras.literal_type_from_choices(models.names(task=NAME))
+from train.optim.config import OptimizerConfig
+from train.settings import Choice, Fraction, settings
+from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
 _TOP = 5
 
+ModelName = Annotated[str, Choice("model", models.names(task="classification"))]
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+
+@settings
 class ClassificationConfig(TrainingConfig):
-    """Train a network to tell the classes of images."""
+    """Train a network to classify images."""
+
+    task: ClassVar[str] = "classification"
 
     model: ModelName = "resnet8"
     """Network to train."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction[float] = 0.0
     """Share of the label that is spread over all classes."""
     weights: Path | None = None
     """Safetensors to fine-tune from; for other classes the last layer starts anew."""
 
-    def __post_init__(self) -> None:
-        TrainingConfig.__post_init__(self)
-        models.describe(self.model)
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(
-                f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}"
-            )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Classification:
-    """The task, for images of one form.
+    """The task, for images of one size; see `train.tasks.base.Task`.
 
     Attributes:
-      config: how to train.
-      class_names: names of the classes to tell.
+      config: the settings of the run.
+      class_names: names of the classes.
       image_shape: (height, width, channels) of the images that the network sees.
-      augment: random changes of training images, and their normalisation.
-      normalize: what brings other images to this form.
+      augment: augments and normalizes training images.
+      normalize: crops and normalizes other images.
     """
+
+    name: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "accuracy"
+    input_name: ClassVar[str] = "image"
+    config_type: ClassVar[type[TrainingConfig]] = ClassificationConfig
 
     config: ClassificationConfig
     class_names: tuple[str, ...]
@@ -72,22 +66,39 @@ class Classification:
     augment: Augmentation
     normalize: Augmentation
 
-    def create_models(self, rngs: nnx.Rngs) -> Models:
-        """A network for these images and classes, called "model"."""
+    @classmethod
+    def create(cls, config: ClassificationConfig, dataset: Dataset) -> "Classification":
+        """Makes the task for the images and classes of a dataset."""
+        if dataset.num_classes < 2:
+            raise UsageError(
+                f"{dataset.name} has only one class: there is nothing to learn"
+            )
+        normalize = augment.normalize(dataset.mean, dataset.std)
+        size = config.data.training_size(dataset)
+        return cls(
+            config=config,
+            class_names=dataset.class_names,
+            image_shape=(*size, len(dataset.mean)),
+            augment=config.data.augmentation(dataset, normalize),
+            normalize=augment.chain(augment.center_crop(size), normalize),
+        )
+
+    def create_networks(self, rngs: nnx.Rngs) -> Networks:
+        """Makes one network, "model"."""
         height, width, channels = self.image_shape
         name = self.config.model
         options = {"num_classes": len(self.class_names), "in_channels": channels}
         if "image_size" in models.describe(name).options:
-            # What is not square gets a clear refusal from the network's own check.
+            # The network itself refuses images that are not square, and says so.
             options["image_size"] = min(height, width)
         dtype = self.config.dtype
         return {"model": models.create(name, rngs=rngs, dtype=dtype, **options)}
 
-    def load(self, networks: Models) -> None:
-        """Reads the weights to fine-tune from; a head for other classes stays as it is.
+    def load_weights(self, networks: Networks) -> None:
+        """Loads the weights to fine-tune from; a head for other classes starts anew.
 
         Raises:
-          UsageError: if the file is missing or is not of this network.
+          UsageError: if the file is missing or is for another network.
         """
         path = self.config.weights
         if path is None:
@@ -99,21 +110,21 @@ class Classification:
                 problem = error
             else:
                 return
-        raise UsageError(f"--weights: {problem}") from problem
+        raise UsageError(f"weights: {problem}") from problem
 
-    def optimizer_for(self, name: str) -> OptimizerConfig:
-        """By what the network is trained."""
+    def optimizer_config(self, name: str) -> OptimizerConfig:
+        """Returns the optimizer settings of the run."""
         del name
         return self.config.optimizer
 
-    def prepare(self, batch: Any, key: jax.Array) -> Any:
-        """Augments and normalises images."""
+    def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
+        """Augments and normalizes images."""
         return self.augment(key, batch)
 
     def loss(
-        self, name: str, networks: Models, batch: Any
-    ) -> tuple[jax.Array, Metrics]:
-        """Mean cross-entropy, and accuracy, of a prepared batch."""
+        self, name: str, networks: Networks, batch: Batch
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Returns the mean cross-entropy, and the accuracy."""
         logits, labels = networks[name](batch["image"]), batch["label"]
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing
@@ -122,51 +133,55 @@ class Classification:
         correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
         return losses.mean(), {"accuracy": (correct.sum(), jnp.float32(labels.size))}
 
-    def evaluate(self, networks: Models, batch: Any) -> dict[str, jax.Array]:
-        """Sums of the loss, without smoothing, and who was taken for whom."""
-        weight, labels = batch["weight"], batch["label"]
+    def evaluate(
+        self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
+    ) -> Sums:
+        """Returns the sum of the loss, without smoothing, and the confusion matrix."""
+        labels = batch["label"]
         logits = self._logits(networks, batch["image"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         predicted = logits.argmax(axis=-1)
-        totals = {
-            "loss": (losses * weight).sum(),
+        sums: Sums = {
+            "loss": (losses * weights).sum(),
             "confusion": confusion_matrix(
-                labels, predicted, weight > 0, len(self.class_names)
+                labels, predicted, weights > 0, len(self.class_names)
             ),
         }
         if len(self.class_names) > _TOP:
             _, best = jax.lax.top_k(logits, _TOP)
             found = (best == labels[:, None]).any(axis=-1)
-            totals["top5"] = (found * weight).sum()
-        return totals
+            sums["top5"] = (found * weights).sum()
+        return sums
 
-    def scores(self, totals: dict[str, np.ndarray]) -> dict[str, float]:
-        """Loss, accuracy and, of more than five classes, top-5 accuracy."""
-        confusion = totals["confusion"]
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """Returns loss, accuracy and, for more than five classes, top-5 accuracy."""
+        confusion = sums["confusion"]
         count = confusion.sum()
         scores = {
-            "loss": totals["loss"] / count,
+            "loss": sums["loss"] / count,
             "accuracy": np.trace(confusion) / count,
         }
-        if "top5" in totals:
-            scores["top5"] = totals["top5"] / count
+        if "top5" in sums:
+            scores["top5"] = sums["top5"] / count
         return {name: float(score) for name, score in scores.items()}
 
-    def predict(self, networks: Models, images: jax.Array) -> jax.Array:
-        """Probabilities of the classes, float32 (batch, classes), of stored images."""
+    def predict(
+        self, networks: Networks, images: UInt8[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
+        """Returns the probabilities of the classes for stored images."""
         return jax.nn.softmax(self._logits(networks, images))
 
     def save_figures(
         self,
         folder: Path,
-        totals: dict[str, np.ndarray],
-        batch: dict[str, np.ndarray],
+        sums: Sums,
+        batch: Mapping[str, np.ndarray],
         predictions: np.ndarray,
     ) -> None:
         """Draws `confusion_matrix.png`."""
         del batch, predictions
-        figures.save_confusion_matrix(
-            totals["confusion"], self.class_names, folder / "confusion_matrix.png"
+        plots.save_confusion_matrix(
+            sums["confusion"], self.class_names, folder / "confusion_matrix.png"
         )
 
     def save_predictions(
@@ -176,10 +191,10 @@ class Classification:
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
     ) -> list[str]:
-        """Writes `predictions.csv`, and `predictions.png` of the photos.
+        """Saves `predictions.csv`, and the photos as `predictions.png`.
 
         Returns:
-          The likeliest classes of each photo, in words.
+          The most likely classes of each photo.
         """
         with (folder / "predictions.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -187,43 +202,30 @@ class Classification:
             for name, shares in zip(names, predictions, strict=True):
                 best = self.class_names[shares.argmax()]
                 writer.writerow([name, best, *(f"{share:.6f}" for share in shares)])
-        titles = [in_words(shares, self.class_names, 1) for shares in predictions]
-        figures.save_titled(folder / "predictions.png", photos, titles)
-        return [in_words(shares, self.class_names) for shares in predictions]
+        titles = [
+            shares_in_words(shares, self.class_names, 1) for shares in predictions
+        ]
+        plots.save_titled(folder / "predictions.png", photos, titles)
+        return [shares_in_words(shares, self.class_names) for shares in predictions]
 
-    def _logits(self, networks: Models, images: jax.Array) -> jax.Array:
+    def save_comparison(
+        self,
+        path: Path,
+        batch: Mapping[str, np.ndarray],
+        predictions: Mapping[str, np.ndarray],
+    ) -> None:
+        """Draws photos under their class and what each run takes it for."""
+        titles = []
+        for i, label in enumerate(batch["label"]):
+            lines = [self.class_names[label]]
+            for run, shares in predictions.items():
+                best = shares_in_words(shares[i], self.class_names, 1)
+                lines.append(f"{run}: {best}")
+            titles.append("\n".join(lines))
+        plots.save_titled(path, batch["image"], titles)
+
+    def _logits(
+        self, networks: Networks, images: UInt8[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
         batch = self.normalize(jax.random.key(0), {"image": images})
         return networks["model"](batch["image"])
-
-
-def make_task(config: ClassificationConfig, dataset: Dataset) -> Classification:
-    """The task that a config describes, for such data.
-
-    Raises:
-      UsageError: if they do not fit each other.
-    """
-    normalize = augment.normalize(dataset.mean, dataset.std)
-    size = config.data.training_size(dataset)
-    return Classification(
-        config=config,
-        class_names=dataset.class_names,
-        image_shape=(*size, len(dataset.mean)),
-        augment=config.data.augmentation(dataset, normalize),
-        normalize=augment.chain(augment.center_crop(size), normalize),
-    )
-
-
-def open_task(
-    config: ClassificationConfig, progress: Progress = silent
-) -> tuple[Classification, Dataset]:
-    """Loads the data and makes the task that a config describes.
-
-    Raises:
-      UsageError: if they do not fit each other.
-    """
-    dataset = config.data.load(NAME, progress)
-    if dataset.num_classes < 2:
-        raise UsageError(f"{dataset.name} has one class only: there is nothing to tell")
-    task = make_task(config, dataset)
-    check_images(task, dataset)
-    return task, dataset

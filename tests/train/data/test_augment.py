@@ -17,7 +17,7 @@ GEOMETRIC = {
     "pad_crop": augment.pad_crop(5),
     "random_crop": augment.random_crop((64, 48)),
     "center_crop": augment.center_crop((64, 48)),
-    "mirror": augment.mirror(),
+    "random_flip": augment.random_flip(),
     "random_resized_crop": augment.random_resized_crop((32, 24)),
     "random_scale_crop": augment.random_scale_crop((80, 72)),
 }
@@ -27,7 +27,7 @@ PHOTOMETRIC = {
     "normalize": augment.normalize(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
 }
 CHAIN = augment.chain(
-    GEOMETRIC["random_scale_crop"], GEOMETRIC["mirror"], *PHOTOMETRIC.values()
+    GEOMETRIC["random_scale_crop"], GEOMETRIC["random_flip"], *PHOTOMETRIC.values()
 )
 ALL = GEOMETRIC | PHOTOMETRIC | {"chain": CHAIN}
 SIZES = {
@@ -165,7 +165,7 @@ def test_examples_are_treated_differently(name):
     distinct = len({example.tobytes() for example in out})
     if name in DETERMINISTIC:
         assert distinct == 1
-    elif name == "mirror":
+    elif name == "random_flip":
         assert distinct == 2
     else:
         assert distinct > EXAMPLES / 2
@@ -310,10 +310,10 @@ def test_center_crop_leaves_equal_margins():
     np.testing.assert_array_equal(out, image[:, 2:6, 1:5])
 
 
-def test_mirror_twice_is_the_identity():
+def test_random_flip_twice_is_the_identity():
     batch = blocks()
-    once = run("mirror", batch)
-    twice = run("mirror", once)
+    once = run("random_flip", batch)
+    twice = run("random_flip", once)
     for entry in ("image", "mask"):
         np.testing.assert_array_equal(twice[entry], batch[entry])
         flipped = (once[entry] == batch[entry][:, :, ::-1]).reshape(EXAMPLES, -1)
@@ -321,9 +321,9 @@ def test_mirror_twice_is_the_identity():
 
 
 @pytest.mark.parametrize("probability", [0, 0.2, 1])
-def test_mirror_flips_with_its_probability(probability):
+def test_random_flip_flips_with_its_probability(probability):
     image = np.broadcast_to(noise(1, 1, 4, 1), (2000, 1, 4, 1))
-    out = apply(augment.mirror(probability), image=image)["image"]
+    out = apply(augment.random_flip(probability), image=image)["image"]
     flipped = (out == image[:, :, ::-1]).reshape(2000, -1).all(1)
     assert flipped.mean() == pytest.approx(probability, abs=0.03)
 
@@ -573,8 +573,8 @@ def test_chain_applies_in_order_with_different_keys():
         (lambda: augment.random_crop(32), r"size must be \(height, width\).* got 32"),
         (lambda: augment.random_crop((32, 0)), r"size .* got \(32, 0\)"),
         (lambda: augment.center_crop((8, 8, 3)), r"size .* got \(8, 8, 3\)"),
-        (lambda: augment.mirror(1.1), "probability .* from 0 to 1, got 1.1"),
-        (lambda: augment.mirror(float("nan")), "probability .* got nan"),
+        (lambda: augment.random_flip(1.1), "probability .* from 0 to 1, got 1.1"),
+        (lambda: augment.random_flip(float("nan")), "probability .* got nan"),
         (
             lambda: augment.random_resized_crop((8, 8), scale=(0.5, 1.5)),
             r"scale .* at most 1, got \(0.5, 1.5\)",
@@ -621,11 +621,11 @@ def test_pictures_must_agree():
     batch = blocks()
     batch["mask"] = batch["mask"][:, 1:]
     with pytest.raises(ValueError, match=r"all alike .* 'mask': \(24, 95, 80\)"):
-        augment.mirror()(KEY, batch)
+        augment.random_flip()(KEY, batch)
     with pytest.raises(ValueError, match=r"needs 'image'.*got \['label'\]"):
-        augment.mirror()(KEY, {"label": jnp.arange(3)})
+        augment.random_flip()(KEY, {"label": jnp.arange(3)})
     with pytest.raises(ValueError, match=r"\(examples, height, width, channels\)"):
-        augment.mirror()(KEY, {"image": batch["image"][..., 0]})
+        augment.random_flip()(KEY, {"image": batch["image"][..., 0]})
 
 
 @photometric

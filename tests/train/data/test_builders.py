@@ -18,10 +18,10 @@ from PIL import Image
 
 import train.data.__main__ as command_line
 from train import data
-from train.data import _scenes
-from train.data._builder import BadFilesError
-from train.data._source import SourceError
-from train.data.builders import digit_scenes, digits
+from train.data.preparation import scenes
+from train.data.preparation.archives import SourceError
+from train.data.preparation.builder import BadFilesError
+from train.data.preparation.builders import digit_scenes, digits
 from train.errors import UsageError
 
 # Small copies of each layout. An image's colour tells its label and its number, so
@@ -483,14 +483,16 @@ def test_a_share_of_masks_or_pairs_is_set_apart(tmp_path, prepare):
 )
 def test_a_missing_share_is_asked_for(tmp_path, prepare, name, write_files, folder):
     write_files(tmp_path / "source")
-    with pytest.raises(SourceError, match=r"no folders of splits .*--test-fraction"):
+    with pytest.raises(SourceError, match=r"no folders of splits .*test_fraction"):
         prepare(name, tmp_path / "source" / folder)
     assert data.prepared(tmp_path / "prepared") == []
 
 
 def test_only_masks_and_images_of_declared_labels_are_taken(tmp_path, prepare):
     write_segmentation_folder(tmp_path / "source")
-    with pytest.raises(UsageError, match="--classes background,road,car"):
+    with pytest.raises(
+        UsageError, match="classes in order, such as background,road,car"
+    ):
         prepare("segmentation_folder", tmp_path / "source", classes=None)
     with pytest.raises(BadFilesError) as error:
         prepare("segmentation_folder", tmp_path / "source", classes=["a", "b"])
@@ -519,7 +521,11 @@ def test_the_ignored_label_may_be_another(tmp_path, prepare):
         ("image_folder", {"test_fraction": 0.0}, "between 0 and 1, got 0.0"),
         ("image_folder", {"test_fraction": 1.0}, "between 0 and 1, got 1.0"),
         ("paired_images", {"test_fraction": -1.0}, "between 0 and 1, got -1.0"),
-        ("segmentation_folder", {"ignore_label": 2}, "number of classes, 3, .*got 2"),
+        (
+            "segmentation_folder",
+            {"ignore_label": 2},
+            "from 3, the number of classes, .*got 2",
+        ),
         ("segmentation_folder", {"ignore_label": 256}, "to 255, got 256"),
         ("segmentation_folder", {"classes": ["a", "b", "a"]}, "got a, b, a"),
         ("segmentation_folder", {"classes": ["a", ""]}, "different names"),
@@ -543,9 +549,9 @@ def test_scenes_of_train_and_test_share_no_digit(monkeypatch):
 
     def compose(images, labels, *, seed, index, size):
         given.append({image.tobytes() for image in images})
-        return _scenes.Scene(*(np.zeros((size, size), np.uint8),) * 3)
+        return scenes.Scene(*(np.zeros((size, size), np.uint8),) * 3)
 
-    monkeypatch.setattr(digit_scenes._scenes, "compose", compose)
+    monkeypatch.setattr(digit_scenes.scenes, "compose", compose)
     items = tfds.builder("digit_scenes")._list(None)
     items["train"][0].make(), items["test"][0].make()
     assert not given[0] & given[1]
@@ -660,7 +666,7 @@ def test_bad_files_are_named_or_left_out(
     said = str(error.value)
     assert said.startswith(f"{tmp_path / 'source'} has 1 bad file: {file}: ")
     assert re.search(message, said)
-    assert said.endswith("leave them out with --skip-bad")
+    assert said.endswith("set skip_bad to leave them out")
     assert data.prepared(tmp_path / "prepared") == []
     left_over = {p.name for p in (tmp_path / "prepared").rglob("*") if p.is_file()}
     assert left_over == {".1.0.0.lock"}
@@ -836,7 +842,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
         (
             "fashion_mnist_idx",
             lambda root: (root / IMAGES).write_bytes((root / LABELS).read_bytes()),
-            "is not an IDX file of Nx28x28 unsigned bytes: its header is another's",
+            "is not an IDX file of Nx28x28 unsigned bytes: it has another header",
         ),
         (
             "fashion_mnist_idx",
@@ -1010,7 +1016,7 @@ def test_the_command_says_what_it_left_out(tmp_path, run):
     message = str(error.value)
     assert " has 2 bad files: test/bee/1.PNG: not an" in message
     assert "train/ant/0.jpg: damaged" in message
-    assert "--skip-bad" in message
+    assert "skip_bad" in message
     output = run(*arguments, "--skip-bad")
     assert "left out 2 bad files: test/bee/1.PNG: not" in output
     assert re.search(r"train +11 ", output)
@@ -1026,7 +1032,7 @@ def test_the_command_says_what_it_left_out(tmp_path, run):
         (("camvid", "--source", "source"), "it holds no trainannot, but readme.txt"),
         (("camvid", "--source", "source/readme.txt"), "not a whole tar or zip archive"),
         (("imag_folder/x", "--source", "source"), "unknown dataset 'imag_folder/x'"),
-        (("digits", "--source", "source"), "digits is made .*leave out --source"),
+        (("digits", "--source", "source"), "digits is made .*leave out the source"),
         (
             ("camvid", "--source", "source", "--classes", "a,b"),
             "camvid does not take classes",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from train.data._images import (
+from train.data.images import (
     BadFileError,
     Photo,
     check_mask,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from train.data import _scenes
+from train.data.preparation import scenes as scenes_module
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def digits():
 @pytest.fixture(scope="module")
 def compose(digits):
     def compose(index, *, seed=0, **options):
-        return _scenes.compose(
+        return scenes_module.compose(
             digits["image"], digits["label"], seed=seed, index=index, **options
         )
 
@@ -48,15 +48,19 @@ def test_shapes_and_dtypes(compose, size):
 
 def test_arguments_stay_as_they_were(digits):
     images, labels = digits["image"].copy(), digits["label"].copy()
-    _scenes.compose(images, labels, seed=0, index=0)
+    scenes_module.compose(images, labels, seed=0, index=0)
     np.testing.assert_array_equal(images, digits["image"])
     np.testing.assert_array_equal(labels, digits["label"])
 
 
 def test_drawing_is_the_mask_in_colour(scenes):
-    assert len(_scenes.COLORS) == len(set(_scenes.COLORS)) == len(_scenes.CLASS_NAMES)
+    assert (
+        len(scenes_module.COLORS)
+        == len(set(scenes_module.COLORS))
+        == len(scenes_module.CLASS_NAMES)
+    )
     for scene in scenes:
-        colors = np.array(_scenes.COLORS)[scene.mask]
+        colors = np.array(scenes_module.COLORS)[scene.mask]
         np.testing.assert_array_equal(scene.drawing, colors)
 
 
@@ -71,7 +75,7 @@ def test_every_class_has_its_share_of_pixels(scenes):
 @pytest.mark.parametrize("digit", range(10))
 def test_label_names_the_digit_drawn(digits, digit):
     of_class = digits["label"] == digit
-    scene = _scenes.compose(
+    scene = scenes_module.compose(
         digits["image"][of_class], digits["label"][of_class], seed=0, index=digit
     )
     assert np.unique(scene.mask).tolist() == [0, digit + 1]
@@ -80,13 +84,15 @@ def test_label_names_the_digit_drawn(digits, digit):
 def test_only_placed_digits_are_labelled(monkeypatch):
     # With one try each, blocks often leave the others no place. The dots among them
     # must still be the small ones.
-    monkeypatch.setattr(_scenes, "_TRIES", 1)
+    monkeypatch.setattr(scenes_module, "_TRIES", 1)
     block = np.full((8, 8, 1), 255, np.uint8)
     dot = np.pad(block[:2, :2], ((3, 3), (3, 3), (0, 0)))
     areas = [
         np.bincount(scene.mask.ravel(), minlength=3)
         for scene in (
-            _scenes.compose(np.stack([block, dot]), np.arange(2), seed=0, index=index)
+            scenes_module.compose(
+                np.stack([block, dot]), np.arange(2), seed=0, index=index
+            )
             for index in range(100)
         )
     ]
@@ -99,9 +105,9 @@ def test_each_scene_shows_two_digits_to_five(digits):
     for index in range(200):
         rng = np.random.default_rng(index)
         drawn = digits["image"][index : index + 5]
-        inks = _scenes._place(drawn, 64, rng)
+        inks = scenes_module._place(drawn, 64, rng)
         counts.append(len(inks))
-        strokes = [ink > _scenes._INK for ink in inks]
+        strokes = [ink > scenes_module._INK for ink in inks]
         for place, stroke in enumerate(strokes):
             covered = np.any(strokes[place + 1 :], axis=0) & stroke
             assert covered.sum() <= 0.1 * stroke.sum()

@@ -110,7 +110,7 @@ def test_predictions_are_probabilities():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_network_learns_a_batch(precision, descend):
     task, batch = make_task(precision=precision), make_batch()
-    networks = task.create_models(nnx.Rngs(0))
+    networks = task.create_networks(nnx.Rngs(0))
     dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(networks, nnx.Param))}
     assert dtypes == {jnp.dtype("float32")}
     prepared = task.prepare(batch, jax.random.key(0))
@@ -131,7 +131,7 @@ def test_fine_tuning_takes_the_head_only_if_it_fits(classes, tmp_path):
     path = tmp_path / "weights.safetensors"
     there = file_of(path, classes)
     task = make_task(weights=path)
-    networks = task.create_models(nnx.Rngs(0))
+    networks = task.create_networks(nnx.Rngs(0))
     fresh = networks["model"].fc.kernel.get_value()
     task.load(networks)
     model = networks["model"]
@@ -151,7 +151,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     ):
         task = make_task(weights=wrong)
         with pytest.raises(UsageError, match=message):
-            task.load(task.create_models(nnx.Rngs(0)))
+            task.load(task.create_networks(nnx.Rngs(0)))
 
 
 def test_without_weights_nothing_is_loaded():
@@ -162,9 +162,9 @@ def test_the_embedded_digits(tmp_path):
     config = ClassificationConfig()
     task, dataset = open_task(config)
     assert task.image_shape == (8, 8, 1)
-    assert task.optimizer_for("model") is config.optimizer
+    assert task.optimizer_config("model") is config.optimizer
     batch = dataset.split("test").read(range(40)) | {"weight": np.ones(40, np.float32)}
-    networks = nnx.view(task.create_models(nnx.Rngs(0)), use_running_average=True)
+    networks = nnx.view(task.create_networks(nnx.Rngs(0)), use_running_average=True)
     totals = jax.device_get(task.evaluate(networks, batch))
     predictions = task.predict(networks, batch["image"])
     assert predictions.shape == (40, 10)

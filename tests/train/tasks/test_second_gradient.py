@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train.data._dataset import Field, Reader, Split
 
 from tests.shared import one_device_mesh
 from train.data import Dataset
-from train.data._dataset import Field, Reader, Split
-from train.data.inputs import Resident
-from train.optimizers import OptimizerConfig
+from train.data.loaders import InMemoryLoader
+from train.optim.optimizer import OptimizerConfig
 from train.program import Program
 from train.tasks import TASKS
 
@@ -23,7 +23,7 @@ FIELDS = {
     "translation": {"input": IMAGE, "target": IMAGE},
 }
 SIDES = {"classification": 8, "segmentation": 16, "translation": 64}
-OPTIONS = {"translation": {"tricks_on": "both"}}
+OPTIONS = {"translation": {"techniques_on": "both"}}
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def state_after_a_step(name, tricks):
     reader = Reader(fields=FIELDS[name], size=(side, side), fit="crop")
     split = Split(name="train", records=(), reader=reader, cache=None, rows=range(0))
     dataset = Dataset(
-        name="random",
+        name="scale_by_random",
         task=name,
         splits={"train": split},
         class_names=("a", "b", "c") if name != "translation" else (),
@@ -44,7 +44,7 @@ def state_after_a_step(name, tricks):
     config = kind(
         **OPTIONS.get(name, {}),
         batch_size=EXAMPLES,
-        optimizer=OptimizerConfig(tricks=tricks, learning_rate=0.01),
+        optimizer=OptimizerConfig(techniques=tricks, learning_rate=0.01),
     )
     random = np.random.default_rng(0)
     arrays = {
@@ -54,7 +54,7 @@ def state_after_a_step(name, tricks):
         for field, (shape, dtype) in reader.spec.items()
     }
     mesh = one_device_mesh()
-    data = Resident(arrays, mesh)
+    data = InMemoryLoader(arrays, mesh)
     task = module.make_task(config, dataset)
     program = Program(task, config, train=data, test=data, mesh=mesh)
     state = program.init((0,))
@@ -67,10 +67,10 @@ def state_after_a_step(name, tricks):
 @pytest.mark.parametrize(
     ("name", "trick"),
     [
-        ("classification", "perturbed_unit"),
-        ("classification", "barzilai_borwein"),
-        ("segmentation", "perturbed_unit"),
-        ("translation", "perturbed_unit"),
+        ("classification", "perturbed_unit_step"),
+        ("classification", "barzilai_borwein_step"),
+        ("segmentation", "perturbed_unit_step"),
+        ("translation", "perturbed_unit_step"),
     ],
 )
 def test_statistics_are_those_of_plain_sgd(name, trick):

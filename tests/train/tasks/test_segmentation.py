@@ -9,7 +9,7 @@ from train.data import _statistics as statistics_module
 from train.data import augment
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.figures import class_colors
+from train.plots import class_colors
 from train.tasks import segmentation
 from train.tasks.segmentation import Segmentation, SegmentationConfig, open_task
 
@@ -96,7 +96,7 @@ def test_auxiliary_logits_add_four_tenths_of_their_loss():
 
 def test_pspnet_has_its_auxiliary_loss():
     task = make_task(model="pspnet50")
-    networks = nnx.eval_shape(lambda: task.create_models(nnx.Rngs(0)))
+    networks = nnx.eval_shape(lambda: task.create_networks(nnx.Rngs(0)))
     graphdef, state = nnx.split(networks)
     prepared = task.normalize(jax.random.key(0), make_batch(2, (16, 20)))
 
@@ -179,7 +179,7 @@ def test_images_of_any_size_are_segmented_at_full_size(size):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_network_learns_a_batch(precision, descend):
     task, batch = make_task(precision=precision), make_batch(2)
-    networks = task.create_models(nnx.Rngs(0))
+    networks = task.create_networks(nnx.Rngs(0))
     # Something to see: the class is the brightness.
     batch["image"] = np.repeat(60 * batch["mask"][..., None], 3, -1).astype(np.uint8)
     prepared = task.prepare(batch, jax.random.key(0))
@@ -204,7 +204,7 @@ def test_the_embedded_scenes(tmp_path):
     task, dataset = open_task(config)
     assert len(task.class_weights) == 11
     assert task.class_weights[0] == min(task.class_weights)  # background
-    assert task.optimizer_for("model") is config.optimizer
+    assert task.optimizer_config("model") is config.optimizer
     assert config.optimizer.schedule == "poly"
 
     batch = dataset.split("test").read(range(8)) | {"weight": np.ones(8, np.float32)}

@@ -9,7 +9,7 @@ from models.pix2pix import Discriminator, Generator
 from train.data.config import DataConfig
 from train.errors import UsageError
 from train.metrics import psnr, ssim
-from train.optimizers import OptimizerConfig
+from train.optim.optimizer import OptimizerConfig
 from train.tasks import translation
 from train.tasks.translation import Translation, TranslationConfig, open_task
 
@@ -163,7 +163,7 @@ def test_dropout_at_test_makes_images_differ():
     # A network of the catalogue: the smallest with dropout.
     def made(dropout_at_test):
         task = make_task((64, 64), dropout_at_test=dropout_at_test)
-        networks = task.create_models(nnx.Rngs(0))
+        networks = task.create_networks(nnx.Rngs(0))
         assert list(networks) == ["discriminator", "generator"]
         view = nnx.view(
             networks["generator"], deterministic=True, use_running_average=True
@@ -177,14 +177,16 @@ def test_dropout_at_test_makes_images_differ():
 
 
 def test_tricks_are_the_generators_unless_both_are_to_have_them():
-    tricks = OptimizerConfig(optimizer="adam", weight_decay=0.0, tricks=("random",))
+    tricks = OptimizerConfig(
+        optimizer="adam", weight_decay=0.0, techniques=("scale_by_random",)
+    )
     task = make_task(optimizer=tricks)
-    assert task.optimizer_for("generator") is tricks
-    found = task.optimizer_for("discriminator")
+    assert task.optimizer_config("generator") is tricks
+    found = task.optimizer_config("discriminator")
     assert found.tricks == ()
     assert (found.optimizer, found.weight_decay) == ("adam", 0.0)
-    both = make_task(optimizer=tricks, tricks_on="both")
-    assert both.optimizer_for("discriminator") is tricks
+    both = make_task(optimizer=tricks, techniques_on="both")
+    assert both.optimizer_config("discriminator") is tricks
 
 
 def test_defaults_are_the_papers():
@@ -196,7 +198,7 @@ def test_defaults_are_the_papers():
 
 def test_the_embedded_scenes(tmp_path):
     config = TranslationConfig(
-        data=DataConfig(dataset="digit_scenes", augment=("mirror",))
+        data=DataConfig(dataset="digit_scenes", augment=("random_flip",))
     )
     task, dataset = open_task(config)
     task.load({})

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+
+from train.output.run_folder import RunFolderError, open_run_folder
+
+CONFIG = {"epochs": 3, "optimizer": {"tricks": ("scale_by_random",), "momentum": 0.9}}
+
+
+def open_folder(path, config=CONFIG, *, resume=True):
+    return open_run_folder(path, "run", config, resume=resume)
+
+
+def test_a_new_folder_is_named_by_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_folder(None) as first, open_folder(None) as second:
+        first.start()
+        assert first.path != second.path
+        assert first.path.parent.name == "runs"
+        assert first.path.name.startswith("run-")
+    content = json.loads((first.path / "config.json").read_text())
+    assert content["config"]["optimizer"] == {
+        "tricks": ["scale_by_random"],
+        "momentum": 0.9,
+    }
+    assert {"jax", "device", "commit"} <= content["environment"].keys()
+
+
+def test_records_survive_a_half_written_line(tmp_path):
+    with open_folder(tmp_path / "run") as folder:
+        folder.append("rows.jsonl", {"a": 1})
+        folder.append("rows.jsonl", {"a": 2})
+        with (folder.path / "rows.jsonl").open("a") as file:
+            file.write('{"a": 3, "b"')
+        assert folder.read("rows.jsonl") == [{"a": 1}, {"a": 2}]
+        folder.append("rows.jsonl", {"a": 4})
+        assert folder.read("rows.jsonl") == [{"a": 1}, {"a": 2}, {"a": 4}]
+        assert folder.read("absent.jsonl") == []
+
+
+def test_the_same_config_may_go_on_where_asked(tmp_path):
+    with open_folder(tmp_path) as folder:
+        folder.start()
+    with open_folder(tmp_path):
+        pass
+    with (
+        pytest.raises(RunFolderError, match="holds this run already"),
+        open_folder(tmp_path, resume=False),
+    ):
+        pass
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    with open_folder(tmp_path) as folder:
+        folder.start()
+    other = {"epochs": 3, "optimizer": {"tricks": (), "momentum": 0.9}}
+    message = r"optimizer.tricks: \['random'\] there, \[\] here"
+    with pytest.raises(RunFolderError, match=message), open_folder(tmp_path, other):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with (
+        pytest.raises(RunFolderError, match="something else"),
+        open_folder(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_config_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with (
+        pytest.raises(RunFolderError, match=r"config.json is not that of a run"),
+        open_folder(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunFolderError, match=r"cannot write to .*choose another"),
+        open_folder(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with (
+        open_folder(tmp_path),
+        pytest.raises(RunFolderError, match="in use by another process"),
+        open_folder(tmp_path),
+    ):
+        pass
+
+
+def test_a_run_that_never_started_leaves_the_folder_free(tmp_path):
+    with open_folder(tmp_path):
+        pass  # a config that cannot be built, say
+    with open_folder(tmp_path, {"epochs": 4}) as folder:
+        folder.start()
+
+
+def test_a_process_that_does_not_write_refuses_another_config_too(tmp_path):
+    with open_run_folder(tmp_path, "run", {"epochs": 3}, resume=True) as folder:
+        folder.start()
+    settings = {"resume": True, "writes": False}
+    with open_run_folder(tmp_path, "run", {"epochs": 3}, **settings) as folder:
+        folder.append("rows.jsonl", {"a": 1})
+    assert not (tmp_path / "rows.jsonl").exists()
+    with (
+        pytest.raises(RunFolderError, match="epochs: 3 there, 4 here"),
+        open_run_folder(tmp_path, "run", {"epochs": 4}, **settings),
+    ):
+        pass

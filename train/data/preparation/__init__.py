@@ -1,0 +1,1 @@
+"""Prepares datasets from files, measures them, and opens those that are prepared."""

@@ -1,0 +1,1 @@
+"""Optimizers: the base optimizers of optax with any of the techniques in any order."""

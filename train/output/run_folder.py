@@ -1,0 +1,211 @@
+"""The folder that a run or a study writes to."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+
+from train.errors import UsageError
+
+CONFIG = "config.json"
+
+
+class RunFolderError(UsageError):
+    """The folder cannot be used."""
+
+
+class RunFolder:
+    """Writes the settings, records and results of a run to one folder.
+
+    Of several processes only one writes; all may read.
+
+    Attributes:
+      path: the folder.
+      config: the settings of the run, as JSON has them.
+      writes: whether this process writes.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, writes: bool = True):
+        self.path = path
+        self.config = config
+        self.writes = writes
+
+    def start(self) -> None:
+        """Writes settings and environment; from here on the folder is taken."""
+        self.write(CONFIG, {"config": self.config, "environment": environment()})
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Appends a line to a JSON Lines file; it is on disk when this returns."""
+        if not self.writes:
+            return
+        with (self.path / name).open("ab+") as file:
+            # A killed process may have left half a line, which must not absorb this.
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """Reads the records of a JSON Lines file, without a half-written last one."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def keep(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Replaces the records of a JSON Lines file."""
+        self._write(name, "".join(json.dumps(record) + "\n" for record in records))
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes one JSON file, whole or not at all."""
+        self._write(name, json.dumps(content, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
+        partial = self.path / f"{name}.part"
+        partial.write_text(text)
+        partial.replace(self.path / name)
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions and hardware, to state beside every number."""
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        "processor": _processor(),
+    }
+
+
+def _commit() -> str:
+    """Returns the commit of the checkout, marked if files differ from it."""
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return f"{len(models)} x {models[0]}" if models else platform.machine()
+
+
+@contextlib.contextmanager
+def open_run_folder(
+    path: Path | None,
+    name: str,
+    config: dict[str, Any],
+    *,
+    resume: bool,
+    writes: bool = True,
+) -> Iterator[RunFolder]:
+    """Makes or reopens a run folder before any work is done, and locks it.
+
+    Args:
+      path: the folder, or None for a new one, `runs/<name>-<date>-<time>`.
+      name: the beginning of the name of a new folder.
+      config: all settings; `RunFolder.start` writes them to `config.json`.
+      resume: whether a folder with a run of the same settings may be continued.
+      writes: whether this process writes, and locks the folder.
+
+    Raises:
+      RunFolderError: if the folder cannot be written, is in use by another process,
+        or holds something else.
+    """
+    config = json.loads(json.dumps(config, default=str))
+    path = path or _new_path(name)
+    if not writes:
+        if (path / CONFIG).exists():
+            _check_contents(path, config, resume)
+        yield RunFolder(path, config, writes=False)
+        return
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunFolderError(
+            f"run folder {path} is in use by another process: wait for it, or choose "
+            "another run folder"
+        ) from None
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write to run folder {path} ({error}): choose another run folder"
+        ) from error
+    try:
+        _check_contents(path, config, resume)
+        yield RunFolder(path, config)
+    finally:
+        lock.release()
+        if new and not (path / CONFIG).exists():  # the run has not started
+            (path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _new_path(name: str) -> Path:
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return Path("runs") / f"{name.replace('/', '-')}-{now}"
+
+
+def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
+    written = path / CONFIG
+    if written.exists():
+        try:
+            found = json.loads(written.read_text())["config"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{written} is not that of a run: choose another run folder"
+            ) from None
+        if found != config:
+            differences = _differences(found, config)
+            raise RunFolderError(
+                f"run folder {path} holds a run of another config ({differences}): "
+                "choose another run folder"
+            )
+        if not resume:
+            raise RunFolderError(
+                f"run folder {path} holds this run already: choose another run folder, "
+                "or remove the folder to run again"
+            )
+    elif {child.name for child in path.iterdir()} - {".lock", f"{CONFIG}.part"}:
+        raise RunFolderError(
+            f"run folder {path} holds other files: choose another run folder"
+        )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        parts = [
+            _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        return "; ".join(parts)
+    return f"{name}: {found} there, {wanted} here"

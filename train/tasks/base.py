@@ -1,0 +1,195 @@
+"""What the training loop asks of a task."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key, Num
+
+import models
+from train.config import TrainingConfig
+from train.data import Dataset
+from train.errors import UsageError
+from train.optim.config import OptimizerConfig
+
+Batch: TypeAlias = dict[str, Num[Array, "batch ..."]]
+Networks: TypeAlias = dict[str, models.Network]
+Metrics: TypeAlias = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+"""Metrics of a batch by name, as (sum, count)."""
+Sums: TypeAlias = dict[str, Any]
+"""Arrays that are added up over the batches of an evaluation."""
+
+
+class Task(Protocol):
+    """A task, for the images of one dataset.
+
+    Batches are dicts of arrays whose first axis counts examples: "image" and "label",
+    "image" and "mask", or "input" and "target", as `train.data` stores them.
+
+    Attributes:
+      name: the name of the task, which its config has as well.
+      metric: the score that a run reports.
+      input_name: the array of a batch that the network sees.
+      config_type: the class of its settings.
+      config: the settings of the run.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    input_name: ClassVar[str]
+    config_type: ClassVar[type[TrainingConfig]]
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The settings of the run."""
+
+    @classmethod
+    def create(cls, config: Any, dataset: Dataset) -> "Task":
+        """Makes the task that a config describes, for such data; reads no example.
+
+        Raises:
+          UsageError: if config and data do not fit together.
+        """
+
+    def create_networks(self, rngs: nnx.Rngs) -> Networks:
+        """Makes networks with fresh parameters, in the order in which they train."""
+
+    def load_weights(self, networks: Networks) -> None:
+        """Loads the pretrained weights that the config names into new networks.
+
+        Raises:
+          UsageError: if a file is missing or is for another network.
+        """
+
+    def optimizer_config(self, name: str) -> OptimizerConfig:
+        """Returns the optimizer settings of the network `name`."""
+
+    def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
+        """Augments and normalizes stored examples; runs inside the training step."""
+
+    def loss(
+        self, name: str, networks: Networks, batch: Batch
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Returns the mean loss that the network `name` minimizes, and metrics.
+
+        Args:
+          name: the network that is trained.
+          networks: all networks, in training mode.
+          batch: prepared examples.
+        """
+
+    def evaluate(
+        self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
+    ) -> Sums:
+        """Returns arrays to add up over stored examples.
+
+        Args:
+          networks: all networks, in evaluation mode.
+          batch: stored examples.
+          weights: 1 for each example, and 0 for what only fills the last batch.
+        """
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """Turns the sums over all examples, as NumPy arrays, into scores."""
+
+    def predict(
+        self, networks: Networks, images: Num[Array, "batch height width channels"]
+    ) -> Num[Array, "batch ..."]:
+        """Returns what the networks predict for stored images."""
+
+    def save_figures(
+        self,
+        folder: Path,
+        sums: Sums,
+        batch: Mapping[str, np.ndarray],
+        predictions: np.ndarray,
+    ) -> None:
+        """Draws the figures of a finished run.
+
+        Args:
+          folder: where to save PNG files.
+          sums: those of the evaluation.
+          batch: some stored examples of the evaluation split.
+          predictions: what the network predicts for them.
+        """
+
+    def save_predictions(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        photos: Sequence[np.ndarray],
+        predictions: Sequence[np.ndarray],
+    ) -> list[str]:
+        """Saves what was predicted for image files.
+
+        Args:
+          folder: where to save it.
+          names: one for each file, without suffix.
+          photos: the images as the files hold them, uint8 (height, width, channels).
+          predictions: one for each, as from `predict`.
+
+        Returns:
+          A line for each file that says what was found.
+        """
+
+    def save_comparison(
+        self,
+        path: Path,
+        batch: Mapping[str, np.ndarray],
+        predictions: Mapping[str, np.ndarray],
+    ) -> None:
+        """Draws what several runs predict for the same stored examples.
+
+        Args:
+          path: the PNG file to write.
+          batch: the examples.
+          predictions: those of each run, by its label.
+        """
+
+
+def check_images(task: Task, dataset: Dataset) -> None:
+    """Checks that the networks of a task take the images of a dataset.
+
+    It traces the losses of one training example, which computes nothing.
+
+    Raises:
+      UsageError: if a network cannot take images of this shape.
+    """
+    reader = task.config.data.training_split(dataset).reader
+    batch = {
+        name: jax.ShapeDtypeStruct((1, *shape), dtype)
+        for name, (shape, dtype) in reader.spec.items()
+    }
+
+    def losses(batch: Batch) -> list[jax.Array]:
+        networks = task.create_networks(nnx.Rngs(0))
+        batch = task.prepare(batch, jax.random.key(0))
+        return [task.loss(name, networks, batch)[0] for name in networks]
+
+    try:
+        jax.eval_shape(losses, batch)
+    except models.ImageShapeError as error:
+        raise UsageError(
+            f"the network cannot take these images: {error} (image_size scales all "
+            "images, crop cuts out a part of those to train on)"
+        ) from error
+
+
+def shares_in_words(
+    shares: np.ndarray, class_names: Sequence[str], most: int = 5
+) -> str:
+    """Lists the largest shares of classes in percent, without those below a half.
+
+    >>> from train.tasks.base import shares_in_words
+    >>> shares_in_words(np.array([0.0, 0.9, 0.1]), ["cat", "dog", "cow"])
+    'dog 90 %, cow 10 %'
+    """
+    largest = np.argsort(-shares, kind="stable")[:most]
+    return ", ".join(
+        f"{class_names[i]} {100 * shares[i]:.0f} %"
+        for i in largest
+        if shares[i] > 0.005
+    )
