@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Imports between our own packages are the contracts of import-linter.
 MAY_IMPORT = {
     "optax_tricks": {"jax", "optax"},
-    "models": {"jax", "flax", "safetensors"},
+    "models": {"jax", "flax", "jaxtyping", "safetensors"},
 }
 
 

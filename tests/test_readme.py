@@ -4,6 +4,7 @@ The environments of these tests hold the built wheel and the packages that it re
 with and without the extra. The checkout is not on their path.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-LIBRARY, NNX = (part.split("```")[0] for part in README.split("```python\n")[1:])
+OPENING, LIBRARY, NNX = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 # -I and -S leave out the current folder, PYTHONPATH, site-packages and its .pth files,
 # one of which puts the checkout on the path.
@@ -95,6 +96,10 @@ def succeeds(result: subprocess.CompletedProcess) -> list[float]:
     """Returns the numbers that a process printed."""
     assert result.returncode == 0, result.stderr
     return [float(word) for word in result.stdout.split()]
+
+
+def test_opening_runs(plain):
+    succeeds(plain.run("import optax\n" + OPENING))
 
 
 def test_example_of_the_library_runs(plain):
