@@ -17,7 +17,7 @@ from matplotlib.textpath import TextPath
 
 Colors: TypeAlias = UInt8[np.ndarray, "classes 3"]  # RGB
 
-DPI = 120
+_DPI = 120
 FONT_SIZE = 9  # points
 GAP = 0.12  # inches between parts of a figure, and around it
 
@@ -43,7 +43,7 @@ def new_figure(
     with matplotlib.rc_context(), warnings.catch_warnings():
         style.use(["default", {"text.parse_math": False, "font.size": FONT_SIZE}])
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = Figure(size, dpi=DPI, layout=None if crop else "constrained")
+        figure = Figure(size, dpi=_DPI, layout=None if crop else "constrained")
         yield figure
         cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": GAP}
         try:

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from train.plots._common import (
-    DPI,
     FONT_SIZE,
     GAP,
     Colors,
@@ -108,11 +107,7 @@ def save_images(
             cell = grid[i].subgridspec(1, len(columns), wspace=0.02)
             for j, (image, header) in enumerate(zip(example, headers, strict=True)):
                 axes = figure.add_subplot(cell[j])
-                enlarged = 2 * image.shape[1] <= width / len(columns) * DPI
-                axes.imshow(
-                    np.broadcast_to(image, (*image.shape[:2], 3)),
-                    interpolation="nearest" if enlarged else "auto",
-                )
+                axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)))
                 axes.axis("off")
                 lines = [header] if i < across else []
                 lines += caption.split("\n") if j == 0 else []
