@@ -1,3 +1,5 @@
+"""Checkpoints are whole or absent, restored bit for bit, and checked when read."""
+
 import contextlib
 import functools
 import multiprocessing
@@ -34,14 +36,14 @@ class State(NamedTuple):
     params: Any
     model_state: Any
     opt_state: Any
-    average: Any
+    ema: Any
     step: jax.Array
     key: jax.Array
     log: Any
 
 
 def state_of(step, width=3):
-    """Two runs with all that a state may hold, other numbers at each step."""
+    """Returns trees with all that a state may hold, and other numbers at each step."""
     key = jax.random.fold_in(jax.random.key(0), step)
     kernel = jax.random.normal(key, (8, width))
     params = {
@@ -53,13 +55,13 @@ def state_of(step, width=3):
         params=params,
         model_state={"count": jnp.arange(step, step + 5), "seen": jnp.array([True])},
         opt_state=tx.init(params),
-        average=None,
+        ema=None,
         step=jnp.int32(step),
         key=key,
         log={"loss": jnp.float32(step) / 3, "ratio": jnp.float32(jnp.nan)},
     )
     keys = jax.random.split(key, 3)
-    return first, first._replace(opt_state=(), average=params, key=keys, log={})
+    return first, first._replace(opt_state=(), ema=params, key=keys, log={})
 
 
 def abstract(state, sharding_of=lambda leaf: leaf.sharding):
@@ -101,7 +103,7 @@ def assert_restores(folder, step, *, warn=pytest.fail, width=3):
     assert_same(state, state_of(step, width))
 
 
-def test_there_is_nothing_to_restore(tmp_path):
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     assert restore(tmp_path / "new" / "folder") is None
 
 
@@ -158,7 +160,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, change, capfd):
     save(tmp_path, 1, 2)
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match=r"2 is not of this program: .* there and"),
+        pytest.raises(CheckpointError, match=r"2 is from another program: .* there and .* here: choose another run folder"),
     ):
         checkpoints.restore(change(state_of(0)), warn=pytest.fail)
     assert capfd.readouterr() == ("", "")
@@ -169,7 +171,7 @@ def files_of(folder):
 
 
 def damages(path):
-    """The bytes of a file damaged in many ways; None is a removed file."""
+    """Yields the bytes of a file damaged in many ways; None is a removed file."""
     whole = path.read_bytes()
     rng = random.Random(str(path.name))
     for _ in range(FLIPS):
@@ -180,7 +182,7 @@ def damages(path):
 
 
 def test_any_damage_to_any_file_is_seen(tmp_path, capfd):
-    """Or does no harm: some files of Orbax say nothing."""
+    """Or does no harm: some files of Orbax hold nothing that matters."""
     save(tmp_path, 1, 2)
     seen = {}
     with Checkpoints(tmp_path) as checkpoints:
@@ -206,7 +208,7 @@ def flip_in_parameters(folder):
     path.write_bytes(damaged)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_replaced(tmp_path):
     save(tmp_path, 1, 2)
     flip_in_parameters(tmp_path / "2")
     lines = []
@@ -304,7 +306,7 @@ def test_a_folder_is_gone(tmp_path):
             checkpoints.save(2, state_of(2))
 
 
-def test_what_jax_says_of_other_processes_is_not_of_the_disk(tmp_path, monkeypatch):
+def test_an_error_of_another_process_is_not_one_of_the_disk(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state_of(1))
 
@@ -323,7 +325,7 @@ def one_device(leaf):
 
 
 def sharded(leaf):
-    """Over eight devices along an axis that they divide."""
+    """Shards over eight devices along an axis that they divide."""
     mesh = Mesh(np.array(jax.devices()), "data")
     spec = P("data") if leaf.ndim and leaf.shape[0] % 8 == 0 else P()
     return NamedSharding(mesh, spec)
@@ -424,7 +426,7 @@ with Checkpoints(pathlib.Path(folder)) as checkpoints:
 
 
 def run_two_processes(folder, *steps):
-    """The lines that each prints."""
+    """Returns the lines that each prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -454,7 +456,7 @@ def test_two_processes_save_and_restore(tmp_path):
     for warning, restored, steps in run_two_processes(tmp_path):
         assert f"checkpoint {tmp_path / '3'} is damaged" in warning
         assert (restored, steps) == ("restored 2", "[2, 3]")
-    # And by one process.
+    # One process reads it as well.
     whole = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
     like = {
         "sharded": jnp.zeros((8, 3)),
