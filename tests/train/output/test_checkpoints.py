@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from tests.shared import disk_of
 from train.output.checkpoints import CheckpointError, Checkpoints
 
-KILLS = 10
 FLIPS = 3  # in each file
 
 # Its processes start at once, with everything imported.
@@ -160,7 +159,10 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, change, capfd):
     save(tmp_path, 1, 2)
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match=r"2 is from another program: .* there and .* here: choose another run folder"),
+        pytest.raises(
+            CheckpointError,
+            match=r"2 is from another program: .* there and .* here: choose another",
+        ),
     ):
         checkpoints.restore(change(state_of(0)), warn=pytest.fail)
     assert capfd.readouterr() == ("", "")
@@ -346,36 +348,54 @@ def test_a_state_is_restored_to_the_shardings_asked_for(tmp_path, before, after)
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-def save_without_end(folder):
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def save_until_killed(folder, count):
+    """Saves, and kills its own process before the change `count` of the folder."""
+    changes = itertools.count(1)
+
+    def kill(event, arguments):
+        if event == "open":
+            path, _, flags = arguments
+            paths = (path,) if flags & WRITES else ()
+        else:
+            paths = arguments[:2] if event in CHANGES else ()
+        is_change = any(str(path).startswith(str(folder)) for path in paths)
+        if is_change and next(changes) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(state_of(0, width=2000), warn=pytest.fail)
-        step = found[0] if found else 0
-        while True:
-            step += 1
-            checkpoints.save(step, state_of(step, width=2000))
+        sys.addaudithook(kill)
+        checkpoints.save(3, state_of(3))
 
 
 @pytest.mark.slow
-def test_saving_is_killed(tmp_path):
-    rng = random.Random(0)
+def test_a_process_killed_at_any_change_leaves_whole_checkpoints(tmp_path):
+    save(tmp_path / "before", 1, 2)
     steps, left_over = [], 0
-    for _ in range(KILLS):
-        first = max(steps, default=0) + 1
-        process = processes.Process(target=save_without_end, args=(tmp_path,))
+    for count in itertools.count(1):
+        folder = tmp_path / str(count)
+        shutil.copytree(tmp_path / "before", folder)
+        process = processes.Process(target=save_until_killed, args=(folder, count))
         process.start()
-        while not (tmp_path / str(first)).exists():
-            assert process.is_alive()
-            time.sleep(0.01)
-        time.sleep(rng.random())
-        process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-        left_over += any("tmp" in path.name for path in tmp_path.iterdir())
-        step, state = restore(tmp_path, width=2000)
-        assert_same(state, state_of(step, width=2000))
+        left_over += any("tmp" in path.name for path in folder.iterdir())
+        step, state = restore(folder)
+        assert_same(state, state_of(step))
         steps.append(step)
+        save(folder, step + 1)
+        assert_restores(folder, step + 1)
+        assert {path.name for path in folder.iterdir()} == {str(step), str(step + 1)}
+        if process.exitcode == 0:  # it ended before so many changes
+            break
+        assert process.exitcode == -signal.SIGKILL
+    # The new checkpoint is there from one change on.
+    assert steps == sorted(steps)
+    assert set(steps) == {2, 3}
+    assert count > 10
     assert left_over > 0
-    assert steps == sorted(set(steps))
 
 
 # Each of two processes runs it, with two devices of its own.

@@ -6,7 +6,10 @@ import pytest
 
 from train.output.run_folder import RunFolderError, open_run_folder
 
-CONFIG = {"epochs": 3, "optimizer": {"techniques": ("scale_by_random",), "momentum": 0.9}}
+CONFIG = {
+    "epochs": 3,
+    "optimizer": {"techniques": ("scale_by_random",), "momentum": 0.9},
+}
 
 
 def open_folder(path, config=CONFIG, *, resume=True):
