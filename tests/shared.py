@@ -1,6 +1,7 @@
 """Helpers for tests in several folders."""
 
 import contextlib
+import re
 import resource
 from collections.abc import Iterator
 
@@ -23,3 +24,8 @@ def disk_of(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def squeezed(text: str) -> str:
+    """Returns a text without white space and frames; tyro breaks lines anywhere."""
+    return re.sub(r"[\s│]", "", text)

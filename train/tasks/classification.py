@@ -21,7 +21,7 @@ from train.data.augment import Augmentation
 from train.errors import UsageError
 from train.metrics import confusion_matrix
 from train.optim.config import OptimizerConfig
-from train.settings import Choice, Fraction, settings
+from train.settings import AnyPath, Choice, Fraction, settings
 from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
 _TOP = 5
@@ -39,7 +39,7 @@ class ClassificationConfig(TrainingConfig):
     """Network to train."""
     label_smoothing: Fraction[float] = 0.0
     """Share of the label that is spread over all classes."""
-    weights: Path | None = None
+    weights: AnyPath | None = None
     """Safetensors to fine-tune from; for other classes the last layer starts anew."""
 
 

@@ -24,7 +24,7 @@ from train.data.config import DataConfig
 from train.errors import UsageError
 from train.metrics import confusion_matrix, intersection_over_union
 from train.optim.config import OptimizerConfig
-from train.settings import Choice, settings
+from train.settings import AnyPath, Choice, settings
 from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
 # All networks here take heights and widths that are multiples of it.
@@ -61,7 +61,7 @@ class SegmentationConfig(TrainingConfig):
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of pixels in the loss; balanced is the median frequency of the classes
     over the frequency of theirs."""
-    backbone_weights: Path | None = None
+    backbone_weights: AnyPath | None = None
     """Safetensors of a classifier, for the ResNet inside PSPNet and DUC-HDC."""
 
 
@@ -260,7 +260,8 @@ class Segmentation:
     ) -> None:
         """Draws photo, truth and the prediction of each run side by side."""
         masks = {"truth": batch["mask"], **predictions}
-        self._save_masks(path, batch["image"], masks)
+        drawn = {name: list(found) for name, found in masks.items()}
+        self._save_masks(path, list(batch["image"]), drawn)
 
     def save_predictions(
         self,
