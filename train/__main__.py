@@ -21,7 +21,7 @@ from train.output.preemption import EXIT_CODE, PreemptedError
 from train.parallel import start_distributed
 from train.progress import make_console
 from train.run import NonFiniteLossError, run
-from train.settings import Choice
+from train.settings import Choice, wrong_settings_exit
 from train.tasks import TASKS
 from train.tasks.recipes import RECIPES
 
@@ -182,9 +182,11 @@ def _chosen_recipe(arguments: list[str]) -> str | None:
 def main() -> None:
     """Runs the command line; errors that a user can fix are shown in one line."""
     try:
-        _make_app(sys.argv[1:]).cli(
-            prog="python -m train", description="Train networks with the techniques."
-        )
+        with wrong_settings_exit():
+            _make_app(sys.argv[1:]).cli(
+                prog="python -m train",
+                description="Train networks with the techniques.",
+            )
     except (UsageError, NonFiniteLossError, OSError) as error:
         _fail(f"error: {error}")
     except PreemptedError as error:

@@ -15,12 +15,15 @@ Traceback (most recent call last):
 train.errors.UsageError: precision must be 'float32' or 'bfloat16', got 'bf16'
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -67,10 +70,34 @@ def settings(cls: type[T]) -> type[T]:
         try:
             construct(self, **values)
         except pydantic.ValidationError as error:
-            raise UsageError(_explain(error)) from None
+            _refuse(UsageError(_explain(error)))
 
     checked.__init__ = __init__
     return cast(type[T], checked)
+
+
+@contextlib.contextmanager
+def wrong_settings_exit() -> Iterator[None]:
+    """Has a wrong setting end the process with one line and exit code 2.
+
+    For command lines: tyro makes the configs, and would show the error in a box, under
+    names of its own.
+    """
+    token = _exits.set(True)
+    try:
+        yield
+    finally:
+        _exits.reset(token)
+
+
+_exits = contextvars.ContextVar("_exits", default=False)
+
+
+def _refuse(error: UsageError) -> NoReturn:
+    if _exits.get():
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    raise error from None
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
