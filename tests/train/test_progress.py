@@ -29,8 +29,10 @@ def test_plain_lines_come_now_and_then(monkeypatch, capsys):
         for _ in range(10):
             reporter.advance()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["4/10, 24 s left: writing", "7/10, 12 s left: writing"] + [
-        "10/10, 0 s left: writing"
+    assert lines == [
+        "4/10, 24 s left: writing",
+        "7/10, 12 s left: writing",
+        "10/10, 0 s left: writing",
     ]
 
 
