@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +29,14 @@ from matplotlib.figure import Figure
 from train.output import checkpoints
 from train.output.run_folder import RunFolder
 
-LIMIT = 600  # seconds for what takes a few on an idle machine
+LIMIT = 300  # seconds for what takes a few on an idle machine
 
 # Processes start at once, with everything imported, and before JAX starts its backend.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["tests.failpoints", "train.__main__", "train.predict"]
-    + ["sklearn.datasets", "tensorboardX"]
+_IMPORTED = (
+    "tests.failpoints train.__main__ train.predict sklearn.datasets tensorboardX"
 )
+_processes.set_forkserver_preload(_IMPORTED.split())
 
 
 def kill() -> None:
@@ -46,6 +47,14 @@ def kill() -> None:
 def terminate() -> None:
     """Tells the process to end."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_one_of_several() -> None:
+    """Tells the second process to end, and waits until all agree on when."""
+    terminate()
+    # JAX looks for the signal every second, and then compares how far each one is.
+    client = jax._src.distributed.global_state.client
+    client.blocking_key_value_get("PREEMPTION_CURRENT_COUNTER/1", 1000 * LIMIT)
 
 
 def fill_disk() -> None:
@@ -73,6 +82,50 @@ class Ended:
         return " ".join(self.output.split())
 
 
+class Started:
+    """A process that has started, and may be joined by others."""
+
+    def __init__(
+        self,
+        work: Callable[[], None],
+        folder: Path,
+        scratch: Path,
+        *,
+        at: str | None = None,
+        action: Callable[[], None] = kill,
+    ):
+        """Starts work in a process of its own.
+
+        Args:
+          work: what to do; it can be pickled, and its module starts no backend.
+          folder: the run folder; the events in it are points.
+          scratch: a folder for compiled programs, which a killed process may damage.
+          at: the point to act at, if any.
+          action: what to do there.
+        """
+        compiled = scratch / "compiled"
+        self._files = Path(tempfile.mkdtemp(dir=scratch))
+        self._at = at
+        arguments = (work, folder, self._files, compiled, at, action)
+        self._process = _processes.Process(target=_begin, args=arguments)
+        self._process.start()
+
+    def end(self) -> Ended:
+        """Waits for the end of the process."""
+        self._process.join(LIMIT)
+        output = self._files / "output.txt"
+        if self._process.exitcode is None:
+            self.kill()
+            pytest.fail(f"did not end, acting at {self._at}: {output.read_text()}")
+        points = (self._files / "points.txt").read_text().splitlines()
+        return Ended(self._process.exitcode, output.read_text(), points)
+
+    def kill(self) -> None:
+        """Ends the process if it is alive."""
+        self._process.kill()
+        self._process.join()
+
+
 def call(
     work: Callable[[], None],
     folder: Path,
@@ -81,42 +134,25 @@ def call(
     at: str | None = None,
     action: Callable[[], None] = kill,
 ) -> Ended:
-    """Does work in a process of its own.
-
-    Args:
-      work: what to do; it can be pickled.
-      folder: the run folder; the events in it are points.
-      scratch: a folder for compiled programs, which a killed process may damage.
-      at: the point to act at, if any.
-      action: what to do there.
-    """
-    scratch.mkdir(parents=True, exist_ok=True)
-    output, points = scratch / "output.txt", scratch / "points.txt"
-    arguments = (work, folder, scratch, at, action)
-    process = _processes.Process(target=_begin, args=arguments)
-    process.start()
-    process.join(LIMIT)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        pytest.fail(f"did not end, acting at {at}: {output.read_text()}")
-    return Ended(process.exitcode, output.read_text(), points.read_text().splitlines())
+    """Does work in a process of its own, as described for `Started`."""
+    return Started(work, folder, scratch, at=at, action=action).end()
 
 
 def _begin(
     work: Callable[[], None],
     folder: Path,
-    scratch: Path,
+    files: Path,
+    compiled: Path,
     at: str | None,
     action: Callable[[], None],
 ) -> None:
-    with (scratch / "output.txt").open("wb") as file:
+    with (files / "output.txt").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    _Points(folder, scratch / "points.txt", at, action).install()
+    _Points(folder, files / "points.txt", at, action).install()
     work()
 
 
