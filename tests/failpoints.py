@@ -50,11 +50,10 @@ def terminate() -> None:
 
 
 def terminate_one_of_several() -> None:
-    """Tells the second process to end, and waits until all agree on when."""
+    """Tells this process to end, and waits until the others have been told so."""
     terminate()
-    # JAX looks for the signal every second, and then compares how far each one is.
     client = jax._src.distributed.global_state.client
-    client.blocking_key_value_get("PREEMPTION_CURRENT_COUNTER/1", 1000 * LIMIT)
+    client.blocking_key_value_get("RECEIVED_PREEMPTION_NOTICE", 1000 * LIMIT)
 
 
 def fill_disk() -> None:

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -100,8 +101,10 @@ def last_step(folder, seed=0):
 def last_state(folder, seed=0):
     """Arrays of the last checkpoint by name, and its seconds."""
     path = checkpoint_folder(folder, seed) / str(last_step(folder, seed)) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(path)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        names = checkpointer.metadata(path).item_metadata.tree
+        args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+        arrays = checkpointer.restore(path, restore_args=args)
     seconds = float(arrays.pop("[1]"))
     assert len(arrays) > 20
-    return jax.device_get(arrays), seconds
+    return arrays, seconds
