@@ -1,56 +1,34 @@
-"""Two processes, started as their user starts them, train to the numbers of one."""
+"""Two processes train to the numbers of one, and end together."""
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from tests.train.test_loop import program, run, without_seconds
 
-from train.output.preemption import EXIT_CODE
-
-ROOT = Path(__file__).parents[2]
-EPOCHS = 6
-STEPS = 60
-COMMAND = (
-    *("-m", "train", "classification", "--dataset", "digits"),
-    *("--epochs", str(EPOCHS), "--batch-size", "100"),
-    *("--checkpoint-minutes", "0", "--log-every", "1"),
+from tests import failpoints
+from tests.train.small_runs import (
+    EPOCHS,
+    LAST_STEP,
+    last_state,
+    last_step,
+    records,
+    train,
+    train_part,
+    train_with_fast_clock,
 )
-LIMIT = 120  # seconds for what takes five on an idle machine
+from tests.train.small_tasks import without_seconds
+from train.output.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        # One device each.
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@contextlib.contextmanager
-def ended(started):
-    """Lets no process live on; inside JAX's distributed runtime SIGTERM ends none."""
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
 
 
 def free_port():
@@ -59,155 +37,132 @@ def free_port():
         return free.getsockname()[1]
 
 
-def pair(folder, *arguments, second=()):
-    together = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
-    arguments = (*COMMAND, "--run-dir", folder, *arguments, *together, "--process-id")
-    return ended([start(*arguments, 0), start(*arguments, 1, *second)])
+@contextlib.contextmanager
+def pair(work, folder, scratch, *, points=(None, None), action=failpoints.kill):
+    """Starts work(0, port) and work(1, port), and lets neither live on."""
+    port, started = free_port(), []
+    try:
+        for index, point in enumerate(points):
+            process = failpoints.Started(
+                partial(work, index, port), folder, scratch, at=point, action=action
+            )
+            started.append(process)
+        yield started
+    finally:
+        for process in started:
+            process.kill()
 
 
-def finish(started):
-    """Exit codes, and what each has said."""
-    said = [process.communicate(timeout=LIMIT) for process in started]
-    return [process.returncode for process in started], said
-
-
-def wait_until(condition, started):
-    until = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < until
-        if any(process.poll() is not None for process in started):
-            pytest.fail(str(finish(started)))
-        time.sleep(0.01)
-
-
-def records(folder, name="metrics.jsonl"):
-    path = folder / name
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def last_state(folder):
-    path = folder / "checkpoints" / str(STEPS) / "state"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        names = checkpointer.metadata(path).item_metadata.tree
-        args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-        return checkpointer.restore(path, restore_args=args)
-
-
-def assert_same_run(folder, alone):
-    assert [record["epoch"] for record in records(folder)] == [*range(1, EPOCHS + 1)]
-    for name, count in (("metrics.jsonl", EPOCHS), ("steps.jsonl", STEPS)):
-        pairs = zip(records(folder, name), records(alone, name), strict=True)
-        for found, expected in pairs:
-            found, expected = without_seconds([found, expected])
-            assert found == pytest.approx(expected, rel=1e-3)
-        assert len(records(folder, name)) == count
-    found, expected = map(last_state, (folder, alone))
-    assert found.keys() == expected.keys()
-    assert sum("params" in name for name in found) > 10
-    for name, array in expected.items():
-        np.testing.assert_allclose(
-            found[name], array, rtol=1e-3, atol=1e-4, err_msg=name
-        )
+def call(folder, scratch, *more, second=(), **options):
+    """Trains with two processes to their end."""
+    work = partial(train_part, folder, more, second)
+    with pair(work, folder, scratch, **options) as started:
+        return [process.end() for process in started]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run of one process."""
+def alone(tmp_path_factory, scratch):
+    """The folder of a run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    with ended([start(*COMMAND, "--run-dir", folder)]) as started:
-        codes, said = finish(started)
-    assert codes == [0], said
+    ended = failpoints.call(partial(train, folder), folder, scratch)
+    assert ended.code == 0, ended.output
     return folder
 
 
-def test_killed_or_told_to_end_they_go_on_to_the_same_numbers(tmp_path, alone):
-    folder = tmp_path / "run"
-    with pair(folder) as started:
-        wait_until((folder / "checkpoints" / "20").exists, started)
-        started[0].kill()
-        # The other does not wait for ever.
-        codes, said = finish(started)
-    assert codes[0] == -signal.SIGKILL
-    assert codes[1] not in (0, EXIT_CODE)
-    assert "another task died" in said[1][1]
-    assert not (folder / "summary.json").exists()
+def assert_same_run(folder, alone):
+    for name, count in (("metrics.jsonl", 2 * EPOCHS), ("steps.jsonl", 2 * LAST_STEP)):
+        found, expected = (without_seconds(records(f, name)) for f in (folder, alone))
+        assert len(found) == len(expected) == count
+        for a, b in zip(found, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+    for seed in (0, 1):
+        assert last_step(folder, seed) == LAST_STEP
+        (found, _), (expected, _) = (last_state(f, seed) for f in (folder, alone))
+        assert found.keys() == expected.keys()
+        assert sum("params" in name for name in found) > 3
+        for name, array in expected.items():
+            np.testing.assert_allclose(
+                found[name], array, rtol=1e-3, atol=1e-4, err_msg=name
+            )
 
-    before = len(records(folder))
-    with pair(folder) as started:
-        wait_until(lambda: len(records(folder)) > max(before, 3), started)
-        started[1].terminate()
-        codes, said = finish(started)
-    assert codes == [EXIT_CODE] * 2, said
-    step = max(int(path.name) for path in (folder / "checkpoints").iterdir())
-    assert 30 < step < STEPS
-    for _, errors in said:
-        assert f"told to end: saved after {step} steps" in errors
 
+def assert_goes_on(folder, scratch, alone):
     before = records(folder)
-    with pair(folder) as started:
-        codes, said = finish(started)
-    assert codes == [0, 0], said
+    ended = call(folder, scratch)
+    assert [one.code for one in ended] == [0, 0], ended
     # With the seconds, which tell a record that was kept from one made anew.
-    assert records(folder)[: len(before)] == before
+    kept = [record for record in before if record in records(folder)]
+    assert kept == before[: len(kept)] == records(folder)[: len(kept)]
     assert_same_run(folder, alone)
+    return len(kept)
 
 
-def test_one_that_cannot_go_on_ends_by_itself_and_the_others_do_too(tmp_path):
-    wrong = ("--weights", tmp_path / "missing.safetensors")
-    with pair(tmp_path / "run", second=wrong) as started:
-        output, errors = started[1].communicate(timeout=LIMIT)
-        assert started[1].returncode == 1, output + errors
-        assert errors.startswith("error: --weights: ")
-        (code, _), said = finish(started)
-    assert code not in (0, EXIT_CODE), said
-
-
-def test_of_a_stream_each_reads_its_part_and_one_writes(tmp_path, alone):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_is_killed_and_they_go_on_to_the_same_numbers(
+    tmp_path, scratch, alone, killed
+):
     folder = tmp_path / "run"
-    with pair(folder, "--loader", "grain", "--num-workers", 0) as started:
-        codes, said = finish(started)
-    assert codes == [0, 0], said
+    # The third save begins when the second is done.
+    point = "append metrics.jsonl 3"
+    points = [point if index == killed else None for index in range(2)]
+    ended = call(folder, scratch, points=points)
+    assert ended[killed].code == -signal.SIGKILL
+    # The other does not wait for ever.
+    other = ended[1 - killed]
+    assert other.code not in (0, EXIT_CODE), other
+    assert not (folder / "summary.json").exists()
+    assert assert_goes_on(folder, scratch, alone) >= 1
+
+
+@pytest.mark.parametrize(
+    ("point", "seed"),
+    [
+        ("append steps.jsonl 1", 0),
+        # There is nothing left to save until the next seed has started.
+        ("append metrics.jsonl 3", 1),
+    ],
+)
+def test_one_is_told_to_end_and_they_go_on_to_the_same_numbers(
+    tmp_path, scratch, alone, point, seed
+):
+    folder = tmp_path / "run"
+    action = failpoints.terminate_one_of_several
+    ended = call(folder, scratch, points=(None, point), action=action)
+    for one in ended:
+        assert one.code == EXIT_CODE, ended
+        step = last_step(folder, seed)
+        assert f"told to end: saved seed {seed} after {step} steps" in one.words
+    assert 0 < step < LAST_STEP
+    before = len(records(folder))
+    assert assert_goes_on(folder, scratch, alone) == before
+
+
+def test_one_that_cannot_go_on_ends_by_itself_and_the_others_do_too(tmp_path, scratch):
+    wrong = f"--weights={tmp_path / 'missing.safetensors'}"
+    first, second = call(tmp_path / "run", scratch, second=(wrong,))
+    assert second.code == 1
+    assert "error: weights: " in second.output
+    assert first.code not in (0, EXIT_CODE), first
+
+
+def test_of_a_stream_each_reads_its_part_and_one_writes(tmp_path, scratch, alone):
+    folder = tmp_path / "run"
+    first, second = call(folder, scratch, "--loader=grain", "--num-workers=0")
+    assert [first.code, second.code] == [0, 0], (first, second)
     assert_same_run(folder, alone)
-    ((first, _), (second, _)) = said
-    assert f"after {STEPS} steps" in first
-    assert "steps" not in second
-    (events,) = (path for path in (folder / "tensorboard").rglob("*") if path.is_file())
-    assert events.parent.name == "seed0"
+    assert f"after {LAST_STEP} steps" in first.words
+    assert "steps" not in second.words
+    files = [path for path in (folder / "tensorboard").rglob("*") if path.is_file()]
+    # One for each seed, and one for the figures.
+    assert sorted(path.parent.name for path in files) == ["seed0", "seed0", "seed1"]
 
 
-UNEVEN = """
-import json, sys, time
-import jax
-
-index, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"localhost:{port}", 2, index)
-
-from tests.train.test_loop import program, run
-from train.parallel import make_mesh
-from train.loop import fit
-
-steps = []
-config = {"batch_size": 2, "epochs": 1}
-for report in fit(program(mesh=make_mesh(), config=config), (0,)):
-    time.sleep(0.7 * index)
-    steps.append(report.steps)
-
-epochs, _, _ = run(program(mesh=make_mesh(2), width=2), seeds=(0, 1))
-print(json.dumps([steps, epochs]))
-"""
-
-
-def test_they_report_after_the_same_steps_and_may_have_a_seed_each():
-    port = free_port()
-    with ended([start("-c", UNEVEN, index, port) for index in range(2)]) as started:
-        codes, said = finish(started)
-    assert codes == [0, 0], said
-    found = [json.loads(output.splitlines()[-1]) for output, _ in said]
-    steps, (epochs, others) = zip(*found, strict=True)
-    assert steps[0] == steps[1]
-    assert sum(steps[0]) == 15
-    expected, _, _ = run(program(), seeds=(0, 1))
-    for a, b, c in zip(epochs, others, expected, strict=True):
-        a, b, c = without_seconds([a, b, c])
-        assert a == b == pytest.approx(c, rel=1e-4)
+def test_they_report_after_the_same_steps(tmp_path, scratch):
+    with pair(train_with_fast_clock, tmp_path, scratch) as started:
+        ended = [process.end() for process in started]
+    assert [one.code for one in ended] == [0, 0], ended
+    found = [json.loads(one.output.splitlines()[-1]) for one in ended]
+    assert found[0] == found[1]
+    counts, _ = found[0]
+    assert sum(counts) == 15
+    assert max(counts) > 1

@@ -63,6 +63,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             preservation_policy=checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # reads no checkpoint: it may be damaged
+            # In a thread, a failure to make folders would be noticed minutes later.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -23,12 +23,19 @@ def preemption() -> Iterator[Callable[[], bool]]:
       A function that says whether the run is to save its state and end. All processes
       of a run must call it equally often; it then tells all of them at the same call.
     """
+    received: list[bool] = []
     if jax.process_count() > 1:
-        # JAX catches the signal, and agrees among the processes on when to stop.
+        # JAX catches the signal, and agrees among the processes on when to stop. It
+        # says so once, and the caller may be unable to stop there.
         calls = iter(range(2**31))
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+
+        def preempted() -> bool:
+            if multihost_utils.reached_preemption_sync_point(next(calls)):
+                received.append(True)
+            return bool(received)
+
+        yield preempted
         return
-    received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     try:
         yield lambda: bool(received)
