@@ -1,50 +1,46 @@
 """Figures of studies."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a study needs no display
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 
-def save_learning_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def save_learning_curves(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    path: Path,
+    *,
+    baselines: Collection[str] = (),
+) -> None:
     """Draws the test error of each method, averaged over seeds.
 
-    Once over epochs, once over gradient evaluations and once over seconds of
-    training, since methods differ in what an epoch costs.
+    It is drawn over epochs, over gradient evaluations and over seconds of training,
+    since methods differ in what an epoch costs.
 
     Args:
-      rows: one for each run, with "method" and the "curve" of its epochs.
-      path: the image to write.
+      curves: for each method, the curve of each seed. A curve has a point for each
+        epoch, with the keys "epoch", "gradient_evaluations", "seconds" and "accuracy".
+      path: the PNG file to write.
+      baselines: the methods whose lines are dashed.
     """
-    curves = defaultdict(list)
-    for row in rows:
-        if row["failure"] is None:
-            curves[row["method"]].append(row["curve"])
-    panels = ("epoch", "gradient_evaluations", "seconds")
-    figure, all_axes = plt.subplots(
-        1, 3, figsize=(13, 4.2), sharey=True, layout="constrained"
-    )
-    for axes, x in zip(all_axes, panels, strict=True):
-        for name, runs in curves.items():
-            at = np.mean([[point[x] for point in run] for run in runs], axis=0)
-            accuracy = [[point["accuracy"] for point in run] for run in runs]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    keys = ("epoch", "gradient_evaluations", "seconds")
+    for axes, key in zip(panels, keys, strict=True):
+        for name, seeds in curves.items():
+            x = np.mean([[point[key] for point in curve] for curve in seeds], axis=0)
+            accuracy = [[point["accuracy"] for point in curve] for curve in seeds]
             error = 100 * (1 - np.mean(accuracy, axis=0))
-            baseline = name.startswith("sgd")
-            axes.plot(at, error, "--" if baseline else "-", lw=1.5, label=name)
-        axes.set(xlabel=x.replace("_", " "), yscale="log")
+            style = "--" if name in baselines else "-"
+            axes.plot(x, error, style, lw=1.5, label=name)
+        axes.set(xlabel=key.replace("_", " "), yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
-    all_axes[0].set_ylabel("error %, mean over seeds")
-    handles, labels = all_axes[0].get_legend_handles_labels()
+    panels[0].set_ylabel("error %, mean over seeds")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
