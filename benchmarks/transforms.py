@@ -28,6 +28,8 @@ from train.settings import Positive, settings
 Tree: TypeAlias = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
+_MODEL = "resnet20"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
@@ -276,7 +278,7 @@ def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
 def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
     """Returns a function that takes one training step."""
     transform = optax.with_extra_args_support(transform)
-    model = models.create("resnet20", num_classes=10, rngs=nnx.Rngs(0))
+    model = models.create(_MODEL, num_classes=10, rngs=nnx.Rngs(0))
     graphdef, params, model_state = split(model)
     images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
     labels = jnp.arange(batch_size) % 10
@@ -334,16 +336,21 @@ def transforms(
             status.update("timing training steps")
             measurements += measure_steps(config.rounds, config.batch_size)
         report.save_rows(rows_of(measurements))
-        for part in dict.fromkeys(m.part for m in measurements):
-            cells = [_cells(m) for m in measurements if m.part == part]
-            report.show(_HEADER, cells, title=part)
+        for part, reference in dict.fromkeys(map(_group, measurements)):
+            group = [m for m in measurements if _group(m) == (part, reference)]
+            title = f"{part}, relative to {reference}"
+            report.show(_HEADER, list(map(_cells, group)), title)
 
 
-_HEADER = ("transform", "ms", "ratio [10 %, 90 %]", "to", "GB/least")
+def _group(m: Measurement) -> tuple[str, str]:
+    return m.part, m.reference
+
+
+_HEADER = ("transform", "ms", "ratio [10 %, 90 %]", "GB/least")
 
 
 def _cells(m: Measurement) -> tuple[str, ...]:
-    cells = (m.name, f"{m.ms:.1f}", with_range(*m.ratio), m.reference)
+    cells = (m.name, f"{m.ms:.1f}", with_range(*m.ratio))
     if m.gigabytes_moved is None:
         return (*cells, "")
     return (*cells, f"{m.gigabytes_moved:.2f}/{m.gigabytes_least:.2f}")
