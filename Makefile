@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help install demo test test-all lint types fast unit format clean
+.PHONY: help install demo test test-all lint types fast slow format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,7 @@ demo: $(STAMP) ## train on real digits with plain SGD and each technique, and co
 
 test: lint types fast ## what to run before every push: lint, types and the fast tests
 
-test-all: lint types unit ## what CI runs: the slow tests too
+test-all: test slow ## what CI runs: the slow tests too
 
 lint: $(STAMP) ## style, common mistakes, and which package imports which
 	$(BIN)/ruff check .
@@ -40,8 +40,8 @@ types: $(STAMP) ## types
 fast: $(STAMP) ## tests and doctests, without those marked slow
 	$(PYTEST) -m "not slow"
 
-unit: $(STAMP) ## all tests and doctests
-	$(PYTEST)
+slow: $(STAMP) ## the tests marked slow
+	$(PYTEST) -m slow
 
 format: $(STAMP) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -25,6 +25,7 @@ class _KeepsDtype:
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Maps (..., channels) to the same shape and dtype."""
+        # The class of Flax comes next in the order of base classes.
         y: jax.Array = super().__call__(x, *args, **options)  # type: ignore[misc]
         return y.astype(x.dtype)
 

@@ -112,11 +112,13 @@ def barzilai_borwein_step(
     .. note::
       Transforms before this one change only the first gradient. To change both, for
       example by L2 regularization, apply them inside ``grad_fn`` as well. A non-finite
-      gradient makes the factor NaN in all later steps. Wrap the chain in
-      `optax.apply_if_finite` to skip steps with a non-finite first gradient. Squares
-      are accumulated in float32 (float64 for float64 leaves), which can represent norms
-      from about 1e-19 to 1e19. `optax.MultiSteps` would call ``grad_fn`` on every
-      mini-step and use only one result, so accumulate inside ``grad_fn`` instead.
+      gradient makes the factor NaN in all later steps. `optax.apply_if_finite` skips
+      steps with a non-finite first gradient, but it does not check the second. To skip
+      both, keep the old parameters and state, by `jax.tree.map` and ``jnp.where``,
+      whenever ``optax.tree.norm(updates)`` is not finite. Squares are accumulated in
+      float32 (float64 for float64 leaves), which can represent norms from about 1e-19
+      to 1e19. `optax.MultiSteps` would call ``grad_fn`` on every mini-step and use only
+      one result, so accumulate inside ``grad_fn`` instead.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")

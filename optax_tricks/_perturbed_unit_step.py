@@ -91,8 +91,11 @@ def perturbed_unit_step(
       Transforms before this one change only the first gradient. To change both, apply
       them inside ``grad_fn`` as well. `optax.MultiSteps` would call ``grad_fn`` on
       every mini-step and use only one result, so accumulate inside ``grad_fn`` instead.
-      Squares are accumulated in float32 (float64 for float64 leaves). So a norm below
-      about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
+      `optax.apply_if_finite` skips steps with a non-finite first gradient, but it does
+      not check the second. To skip both, keep the old parameters and state, by
+      `jax.tree.map` and ``jnp.where``, whenever ``optax.tree.norm(updates)`` is not
+      finite. Squares are accumulated in float32 (float64 for float64 leaves). So a
+      norm below about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
     """
     check_in("eps", eps, "[0, inf)")
 
@@ -125,9 +128,7 @@ def perturbed_unit_step(
 
         # Without the barrier, XLA writes g* + g to memory to share it between the norm
         # and the update. On a CPU this takes 1.5 times as long as adding twice.
-        first, other = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            (updates, second)
-        )
+        first, other = jax.lax.optimization_barrier((updates, second))
         total_norm = jnp.sqrt(
             sum_over(dtype, lambda g, h: jnp.square(g + h), first, other)
         )

@@ -78,7 +78,8 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Tree, Tree]:
       >>> nnx.merge(graphdef, params, model_state).mean.shape
       (2,)
     """
-    graphdef, params, *(model_state,) = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *others = nnx.split(model, nnx.Param, ...)
+    (model_state,) = others
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
 

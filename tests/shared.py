@@ -1,6 +1,7 @@
 """Helpers for tests in several folders."""
 
 import contextlib
+import re
 import resource
 from collections.abc import Iterator
 
@@ -32,3 +33,8 @@ def printed_lines(renderable: RenderableType, *, width: int) -> list[str]:
     with console.capture() as captured:
         console.print(renderable)
     return captured.get().splitlines()
+
+
+def squeezed(text: str) -> str:
+    """Returns a text without white space and frames; tyro breaks lines anywhere."""
+    return re.sub(r"[\s│]", "", text)

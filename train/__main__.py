@@ -21,7 +21,7 @@ from train.output.preemption import EXIT_CODE, PreemptedError
 from train.parallel import start_distributed
 from train.progress import make_console
 from train.run import NonFiniteLossError, run
-from train.settings import Choice
+from train.settings import Choice, wrong_settings_exit
 from train.tasks import TASKS
 from train.tasks.recipes import RECIPES
 
@@ -156,14 +156,17 @@ def _compare(
 def _make_app(arguments: list[str]) -> SubcommandApp:
     app = SubcommandApp()
     recipe = _chosen_recipe(arguments)
-    for name, task in TASKS.items():
-        app.command(_command(task.config_type, recipe), name=name)
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    app.command(positional(_predict), name="predict")
-    app.command(positional(_compare), name="compare")
-    app.command(positional(_export), name="export")
-    app.command(_recipes, name="recipes")
-    app.command(_techniques, name="techniques")
+    commands: dict[str, Callable[..., None]] = {
+        **{name: _command(task.config_type, recipe) for name, task in TASKS.items()},
+        "predict": positional(_predict),
+        "compare": positional(_compare),
+        "export": positional(_export),
+        "recipes": _recipes,
+        "techniques": _techniques,
+    }
+    for name, command in commands.items():
+        app.command(name=name)(command)
     return app
 
 
@@ -179,9 +182,11 @@ def _chosen_recipe(arguments: list[str]) -> str | None:
 def main() -> None:
     """Runs the command line; errors that a user can fix are shown in one line."""
     try:
-        _make_app(sys.argv[1:]).cli(
-            prog="python -m train", description="Train networks with the techniques."
-        )
+        with wrong_settings_exit():
+            _make_app(sys.argv[1:]).cli(
+                prog="python -m train",
+                description="Train networks with the techniques.",
+            )
     except (UsageError, NonFiniteLossError, OSError) as error:
         _fail(f"error: {error}")
     except PreemptedError as error:

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,9 +40,11 @@ def start_distributed(
     Raises:
       UsageError: if only some of the arguments are given, or JAX refuses them.
     """
-    given = (coordinator, num_processes, process_id)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
+    if coordinator is None and num_processes is None and process_id is None:
+        if not _launched_with_others():
+            return
+    else:
+        if coordinator is None or num_processes is None or process_id is None:
             raise UsageError(
                 "coordinator, num_processes and process_id belong together: give all "
                 "three, or none under SLURM, Open MPI or on a TPU"
@@ -49,8 +52,6 @@ def start_distributed(
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise UsageError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    elif not _launched_with_others():
-        return
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -90,7 +91,7 @@ def put(tree: Tree, shardings: Tree) -> Tree:
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     array = np.asarray(x)
@@ -109,7 +110,7 @@ def state_shardings(state: Tree, mesh: Mesh, *, shard_params: bool) -> Tree:
     size = mesh.shape["data"]
 
     def sharding(x: Any) -> NamedSharding:
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         axes: list[str | None] = [None] * x.ndim
         is_large = np.prod(x.shape, dtype=np.int64) >= _SMALLEST_SHARDED
         if shard_params and is_large and not is_key:

@@ -110,7 +110,7 @@ def _restore(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
     params, model_state = jax.tree.map(on_device, like)
-    nothing = TrainState(*(None for _ in TrainState._fields))
+    nothing: Any = TrainState(*[None] * len(TrainState._fields))  # type: ignore[arg-type]
     if config.ema:
         state = nothing._replace(ema=(params, model_state))
     else:

@@ -8,7 +8,7 @@ host and device.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -154,14 +154,13 @@ class Program:
         """Returns the state with an empty log, for a new epoch."""
         return state._replace(log=self._empty_log())
 
-    def feeds(self, seed: int, first_step: int = 0) -> Iterator[Any]:
+    def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
         """Yields what each step takes, without end, from a step on."""
         return self._train_loader.feeds(self._sampler(seed), first_step)
 
     def evaluate(self, state: TrainState) -> Sums:
         """Returns the sums of the task over the evaluation split, as NumPy arrays."""
-        sums = self._evaluate(eval_params(state))
-        return jax.device_get(sums)  # type: ignore[no-any-return]
+        return jax.device_get(self._evaluate(eval_params(state)))
 
     def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
         """Returns what the task predicts for stored images (batch, ...)."""
@@ -232,7 +231,7 @@ class Program:
         shardings = shardings._replace(
             step=whole, log=jax.tree.map(lambda _: whole, state.log)
         )
-        return jax.tree.map(  # type: ignore[no-any-return]
+        return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
             shardings,
@@ -262,14 +261,14 @@ class Program:
             return self.task.evaluate(networks, batch, sampler.weights(step))
 
         everywhere = replicated(self.mesh)
-        evaluate_batch = jax.jit(evaluate_batch, out_shardings=everywhere)
+        first: Callable[..., Sums] = jax.jit(evaluate_batch, out_shardings=everywhere)
         add = jax.jit(optax.tree.add, donate_argnums=0, out_shardings=everywhere)
 
         def evaluate(params: Tree) -> Sums:
-            total = None
+            total: Sums = {}
             for step, feed in itertools.islice(feeds, sampler.steps_before(1)):
-                sums = evaluate_batch(params, feed, step)
-                total = sums if total is None else add(total, sums)
+                sums = first(params, feed, step)
+                total = add(total, sums) if total else sums
                 if step % STEPS_IN_FLIGHT == 0:
                     jax.block_until_ready(total)
             return total

@@ -76,14 +76,21 @@ class _Lines(Reporter):
     def __init__(self, text: str, total: int, console: Console):
         super().__init__(text, total)
         self._console = console
-        self._start = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # time and count of the first step
+        self._last = 0.0
 
     def _show(self) -> None:
+        if not self.done:
+            return
         now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES or not self.done:
+        if self._first is None:  # what was done before takes no time
+            self._first, self._last = (now, self.done), now
+        if now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        left = (now - self._start) / self.done * (self.total - self.done)
+        start, done_at_start = self._first
+        seconds_per_step = (now - start) / max(1, self.done - done_at_start)
+        left = seconds_per_step * (self.total - self.done)
         self._console.print(
             f"{self.done:,}/{self.total:,}, {left:.0f} s left: {self.text}"
         )

@@ -1,7 +1,9 @@
 """Settings as frozen dataclasses that check their fields when they are made.
 
 Pydantic checks types, literals and ranges, whether the values come from Python, from
-the command line or from a file. Its report of several lines becomes one line here.
+the command line or from a file. Its report of several lines becomes one line here. No
+value is converted to another type: neither "3" nor True is an integer. But integers are
+numbers, lists are taken for tuples, and strings for paths.
 
 >>> from typing import Literal
 >>> @settings
@@ -13,10 +15,15 @@ Traceback (most recent call last):
 train.errors.UsageError: precision must be 'float32' or 'bfloat16', got 'bf16'
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -37,6 +44,8 @@ NonNegative = Annotated[Number, pydantic.Field(ge=0), _FINITE]
 """A finite number of at least 0."""
 Fraction = Annotated[Number, pydantic.Field(ge=0, lt=1), _FINITE]
 """A number in [0, 1)."""
+AnyPath = Annotated[Path, pydantic.Field(strict=False)]
+"""A path, or a string that names one."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -46,11 +55,13 @@ def settings(cls: type[T]) -> type[T]:
     Its constructor raises UsageError, a ValueError, which names the setting, the value
     and what is allowed. `dataclasses.replace` and `from_json` check as well.
     """
-    checked = pydantic.dataclasses.dataclass(
+    checked: Any = pydantic.dataclasses.dataclass(
         frozen=True,
         kw_only=True,
         slots=True,
-        config=pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True),
+        config=pydantic.ConfigDict(
+            strict=True, extra="forbid", arbitrary_types_allowed=True
+        ),
     )(cls)
     construct = checked.__init__
 
@@ -59,10 +70,34 @@ def settings(cls: type[T]) -> type[T]:
         try:
             construct(self, **values)
         except pydantic.ValidationError as error:
-            raise UsageError(_explain(error)) from None
+            _refuse(UsageError(_explain(error)))
 
-    checked.__init__ = __init__  # type: ignore[misc]
-    return checked
+    checked.__init__ = __init__
+    return cast(type[T], checked)
+
+
+@contextlib.contextmanager
+def wrong_settings_exit() -> Iterator[None]:
+    """Has a wrong setting end the process with one line and exit code 2.
+
+    For command lines: tyro makes the configs, and would show the error in a box, under
+    names of its own.
+    """
+    token = _exits.set(True)
+    try:
+        yield
+    finally:
+        _exits.reset(token)
+
+
+_exits = contextvars.ContextVar("_exits", default=False)
+
+
+def _refuse(error: UsageError) -> NoReturn:
+    if _exits.get():
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    raise error from None
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
@@ -78,13 +113,24 @@ def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
     Raises:
       UsageError: if a setting is missing, unknown, or not allowed.
     """
-    missing = {field.name for field in dataclasses.fields(kind)} - content.keys()  # type: ignore[arg-type]
-    if missing:
-        raise UsageError(f"settings are missing: {', '.join(sorted(missing))}")
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(content))
+        # As JSON, where a list is a tuple and a dict is a config.
+        config = pydantic.TypeAdapter(kind).validate_json(json.dumps(content))
     except pydantic.ValidationError as error:
         raise UsageError(_explain(error)) from None
+    missing = set(_names(dataclasses.asdict(config))) - set(_names(content))  # type: ignore[call-overload]
+    if missing:
+        raise UsageError(f"settings are missing: {', '.join(sorted(missing))}")
+    return config
+
+
+def _names(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of settings, without those of nested configs."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _explain(error: pydantic.ValidationError) -> str:
@@ -98,8 +144,12 @@ def _explain_one(problem: Any) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "unexpected_keyword_argument":
         return f"there is no setting {name!r}"
-    expected = problem["msg"].removeprefix("Input should be ")
-    return f"{name} must be {expected}, got {problem['input']!r}"
+    message = problem["msg"]
+    if message.startswith("Input should be "):
+        allowed = message.replace("Input should be", "must be")
+    else:
+        allowed = f"is not allowed: {message}"
+    return f"{name} {allowed}, got {problem['input']!r}"
 
 
 class Choice(PrimitiveConstructorSpec[str]):
@@ -156,8 +206,8 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
         object.__setattr__(self, "_check", check)  # the base class is frozen
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Checks the names after the type."""
-        schema = handler(source)
+        """Checks the names after the type; a list is taken for a tuple."""
+        schema = handler(source) | {"strict": False}
         return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 

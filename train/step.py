@@ -109,7 +109,7 @@ def make_train_step(
     def train_network(
         name: str, state: TrainState, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        def loss_fn(model: nnx.Module, batch: Batch) -> tuple[Scalar, Metrics]:
+        def loss_fn(model: models.Network, batch: Batch) -> tuple[Scalar, Metrics]:
             networks = {
                 other: model
                 if other == name

@@ -1,7 +1,7 @@
 """Compares outputs, gradients and running statistics with PyTorch.
 
 The networks in `torch_*.py` were written from the papers, independently of `models`.
-All tests are skipped if PyTorch is not installed (`pip install -e '.[parity]'`).
+All tests are skipped if PyTorch is not installed (`pip install --group parity`).
 """
 
 import functools

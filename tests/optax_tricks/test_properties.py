@@ -1,4 +1,4 @@
-"""What the papers prove or promise, on inputs chosen by hypothesis."""
+"""Properties that the papers prove or state, on inputs chosen by hypothesis."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-import optax_tricks as tricks
+import optax_tricks
 
 # `x64` does not change between examples, so sharing it among them is harmless.
 prove = settings(
@@ -21,11 +21,11 @@ prove = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-Z = 5.0  # Bound of a standard score: the keys are fixed, so this never flickers.
+Z = 5.0  # The bound of a standard score. The keys are fixed, so no test is flaky.
 
 
 def decimals(low: float, high: float) -> st.SearchStrategy[float]:
-    """Three decimals: sizes whose products no flushing of tiny numbers can touch."""
+    """Floats of three decimals, whose products are never subnormal."""
     return st.floats(low, high).map(lambda value: round(value, 3))
 
 
@@ -80,7 +80,7 @@ WEIGHTS = [
 def test_centralize_is_the_orthogonal_projection_off_the_mean(shape, argument, x64):
     axes = tuple(range(len(shape) - 1)) if argument is None else argument
     entries = np.prod([shape[axis] for axis in axes])
-    tx = tricks.centralize(argument)
+    tx = optax_tricks.centralize(argument)
 
     def project(x: np.ndarray) -> np.ndarray:
         x = jnp.asarray(x)
@@ -99,7 +99,7 @@ def test_centralize_is_the_orthogonal_projection_off_the_mean(shape, argument, x
             np.testing.assert_array_equal(pg, g)
         else:
             close(pg.sum(axes), 0 * g.sum(axes))  # eᵀPg = 0
-            # Nothing but the mean is taken away (Pythagoras).
+            # Only the mean is subtracted (Pythagoras).
             mean = entries * np.sum(g.mean(axes) ** 2)
             close(norm(pg) ** 2, norm(g) ** 2 - mean)
 
@@ -112,7 +112,7 @@ def test_centralize_conv_only_takes_leaves_of_more_than_three_axes(
     shape, conv_only, x64
 ):
     g = np.random.default_rng(0).normal(2, 1, shape)
-    x, tx = jnp.asarray(g), tricks.centralize(conv_only=conv_only)
+    x, tx = jnp.asarray(g), optax_tricks.centralize(conv_only=conv_only)
     pg = tx.update(x, tx.init(x), x)[0]
     if g.ndim > (3 if conv_only else 1):
         g = g - g.mean(tuple(range(g.ndim - 1)), keepdims=True)
@@ -128,7 +128,7 @@ def fit(p: dict, x: jax.Array) -> jax.Array:
 def train(
     tx: optax.GradientTransformation, start: dict, xs: jax.Array
 ) -> tuple[dict, optax.OptState]:
-    """All parameters and states on the way, stacked; one row of `xs` for each step."""
+    """Returns the stacked parameters and states after steps with each row of `xs`."""
     tx = optax.with_extra_args_support(tx)
 
     def step(carry, x):
@@ -152,30 +152,30 @@ def setup(seed: int, steps: int = 20) -> tuple[dict, jax.Array]:
     return device(start), jnp.asarray(rng.normal(size=(steps, 5, 4)))
 
 
-# What is behind or before P, and the factor by which a step then shrinks eᵀw.
+# Chains around P, and the factor by which a step then shrinks eᵀw.
 CENTRALIZED = {
-    "sgd": (lambda lr, mu: [tricks.centralize(), optax.sgd(lr)], 0.0),
-    "momentum": (lambda lr, mu: [tricks.centralize(), optax.sgd(lr, mu)], 0.0),
+    "sgd": (lambda lr, mu: [optax_tricks.centralize(), optax.sgd(lr)], 0.0),
+    "momentum": (lambda lr, mu: [optax_tricks.centralize(), optax.sgd(lr, mu)], 0.0),
     "momentum inside": (
-        lambda lr, mu: [optax.trace(mu), tricks.centralize(), optax.sgd(lr)],
+        lambda lr, mu: [optax.trace(mu), optax_tricks.centralize(), optax.sgd(lr)],
         0.0,
     ),
     "nesterov": (
-        lambda lr, mu: [tricks.centralize(), optax.sgd(lr, mu, nesterov=True)],
+        lambda lr, mu: [optax_tricks.centralize(), optax.sgd(lr, mu, nesterov=True)],
         0.0,
     ),
-    # L2 inside the projection cannot move eᵀw; outside it does.
+    # L2 before the projection does not change eᵀw; after it, it does.
     "L2 inside": (
         lambda lr, mu: [
             optax.add_decayed_weights(0.1),
-            tricks.centralize(),
+            optax_tricks.centralize(),
             optax.sgd(lr, mu),
         ],
         0.0,
     ),
     "decoupled": (
         lambda lr, mu: [
-            tricks.centralize(),
+            optax_tricks.centralize(),
             optax.trace(mu),
             optax.add_decayed_weights(0.1),
             optax.sgd(lr),
@@ -200,7 +200,7 @@ def test_training_never_changes_the_mean_of_a_unit(optimizer, x64):
         for name in ("first", "second"):
             sums = np.asarray(start[name]).sum(0) * shrunk[:, None]
             np.testing.assert_allclose(path[name].sum(1), sums, atol=1e-10)
-            # The weights themselves do move.
+            # The weights themselves change.
             assert np.abs(path[name][-1] - start[name]).max() > 1e-6
         moved = plain(lr, start, xs)["first"].sum(1) - start["first"].sum(0)[None]
         assert np.abs(moved).max() > 1e-6
@@ -214,7 +214,7 @@ def test_a_shift_of_the_input_moves_the_output_as_before_training(mu, x64):
 
     @jax.jit
     def final(start, xs):
-        tx = optax.chain(tricks.centralize(), optax.sgd(0.1, mu))
+        tx = optax.chain(optax_tricks.centralize(), optax.sgd(0.1, mu))
         return train(tx, start, xs)[0]["first"][-1]
 
     @settings(prove, max_examples=10)
@@ -247,7 +247,7 @@ def test_pugd_probes_at_distance_one_and_returns_a_unit_vector(x64, w, g):
         return jax.tree.map(jnp.subtract, params, w)  # g* is ε itself.
 
     w, g = device(w), device(g)
-    tx = tricks.perturbed_unit_step()
+    tx = optax_tricks.perturbed_unit_step()
     updates, state = tx.update(g, tx.init(w), w, grad_fn=grad_fn)
     assert len(probes) == 1
     close = partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8)
@@ -264,7 +264,7 @@ def pulled(p: optax.Params, scale: float = 1.0) -> optax.Params:
 
 @jax.jit
 def scaled_pugd(w, g, scale):
-    tx = tricks.perturbed_unit_step()
+    tx = optax_tricks.perturbed_unit_step()
     g = jax.tree.map(lambda leaf: scale * leaf, g)
     return tx.update(g, tx.init(w), w, grad_fn=lambda p, _: pulled(p, scale))[0]
 
@@ -292,8 +292,8 @@ def test_pugd_is_a_unit_vector_or_says_so_where_squares_leave_float32(scale, exp
 def test_pugd_at_zero_parameters_stays_there_for_its_probe():
     w = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)}
     g = {"a": jnp.full((2, 2), 2.0), "b": jnp.zeros(3)}
-    tx = tricks.perturbed_unit_step()
-    # g* = g + (probe - w): only a probe that has not moved gives g's own direction.
+    tx = optax_tricks.perturbed_unit_step()
+    # g* = g + (probe - w), so the direction is that of g only if the probe is at w.
     updates, state = tx.update(
         g, tx.init(w), w, grad_fn=lambda p, _: jax.tree.map(jnp.add, g, p)
     )
@@ -304,8 +304,8 @@ def test_pugd_at_zero_parameters_stays_there_for_its_probe():
 
 @pytest.mark.parametrize("mu", [0.0, 0.9])
 def test_pugd_is_locally_bounded(mu, x64):
-    """A step is no longer than η, and with momentum than η(1 - μᵏ)/(1 - μ)."""
-    descend = jax.jit(lambda lr, *a: train(tricks.pugd(lr, momentum=mu), *a)[0])
+    """A step is at most η long, and with momentum at most η(1 - μᵏ)/(1 - μ)."""
+    descend = jax.jit(lambda lr, *a: train(optax_tricks.pugd(lr, momentum=mu), *a)[0])
 
     @settings(prove, max_examples=15)
     @given(st.integers(0, 999), st.floats(0.01, 10))
@@ -329,8 +329,8 @@ def test_pugd_is_locally_bounded(mu, x64):
 
 @jax.jit
 def feed_step_tuned(gs, hs, lr, beta, nu, low, high):
-    """Steps at w = 0 with any gradients `gs`, and `hs` at the probe."""
-    tx = tricks.barzilai_borwein_step(
+    """Makes steps at w = 0 with gradients `gs`, and `hs` at the probe."""
+    tx = optax_tricks.barzilai_borwein_step(
         lr, beta=beta, nu=nu, min_scale=low, max_scale=high
     )
     w = jnp.zeros_like(gs[0])
@@ -371,7 +371,7 @@ def test_step_tuned_scale_stays_in_its_bounds(x64, gs, hs, lr, beta, nu, low, hi
     np.testing.assert_allclose(updates, used * (gs + hs), rtol=1e-6, atol=1e-12)
     negative = np.diff(get("bb_nonpositive_curvature_count"), prepend=0)
     np.testing.assert_array_equal(negative, get("bb_curvature") <= 0)
-    # Where the curvature is not positive, the next scale is `nu`, clipped too.
+    # If the curvature is not positive, the next scale is `nu`, which is clipped too.
     expected = np.clip(nu, low, high)
     np.testing.assert_allclose(gammas[negative == 1], expected, rtol=1e-6)
     np.testing.assert_array_equal(get("bb_count"), np.arange(1, 9))
@@ -381,7 +381,7 @@ def test_step_tuned_scale_stays_in_its_bounds(x64, gs, hs, lr, beta, nu, low, hi
 @given(trees(10), trees(10), st.floats(0.01, 1))
 def test_step_tuned_probes_half_the_step(x64, w, g, lr):
     w, g = device(w), device(g)
-    tx, probes, gamma = tricks.barzilai_borwein_step(lr), [], 1.0
+    tx, probes, gamma = optax_tricks.barzilai_borwein_step(lr), [], 1.0
 
     def grad_fn(params, step):
         probes.append(params)
@@ -403,7 +403,7 @@ def test_step_tuned_probes_half_the_step(x64, w, g, lr):
 
 @partial(jax.jit, static_argnames="steps")
 def draw_factors(seed, g, minval, maxval, probability, steps):
-    tx = tricks.scale_by_random(
+    tx = optax_tricks.scale_by_random(
         jax.random.key(seed), minval=minval, maxval=maxval, probability=probability
     )
 
@@ -445,7 +445,7 @@ def test_random_factor_is_uniform_and_independent(minval, maxval, p):
     n = 20_000
     _, factors = draw_factors(11, jnp.ones(()), minval, maxval, p, n)
     factors = np.asarray(factors, np.float64)
-    # A step left as it is has exactly 1, which a draw has with probability zero.
+    # A step that is not scaled has the factor 1, which is drawn with probability 0.
     scaled = factors != 1
     if p == 1:
         assert scaled.all()
@@ -461,12 +461,12 @@ def test_random_factor_is_uniform_and_independent(minval, maxval, p):
     assert abs(np.mean((u - 0.5) ** 2) - 1 / 12) < Z * np.sqrt(
         (1 / 80 - 1 / 144) / len(u)
     )
-    # Neighbours in time have no correlation, of factor or of square.
+    # Neither successive factors nor their squares are correlated.
     for power in (1, 2):
         v = (u - 0.5) ** power
         v = (v - v.mean()) / v.std()
         assert abs(np.mean(v[1:] * v[:-1])) < Z / np.sqrt(len(u))
-    # Kolmogorov and Smirnov: the whole distribution.
+    # The Kolmogorov-Smirnov test of the whole distribution.
     gap = np.abs(np.sort(u) - np.arange(len(u)) / len(u)).max()
     assert gap < 2.5 / np.sqrt(len(u))
 
@@ -477,7 +477,7 @@ def test_random_factor_follows_its_key():
     again = np.asarray(draw_factors(1, one, 0.0, 1.0, 1.0, 50)[1])
     np.testing.assert_array_equal(factors[0], again)
     assert abs(np.corrcoef(factors)[0, 1]) < Z / np.sqrt(50)
-    tx = tricks.scale_by_random(1)
+    tx = optax_tricks.scale_by_random(1)
     assert tx.update(one, tx.init(one))[0] == factors[0][0]
 
 
@@ -490,8 +490,10 @@ AFTER = {
 
 @pytest.mark.parametrize("after", AFTER)
 def test_random_gradient_is_the_gradient_of_the_random_loss(after, x64):
-    """Minimising u·L is scaling the gradient of L, whatever follows in the chain."""
-    ours = optax.chain(tricks.scale_by_random(5), AFTER[after](), optax.scale(-0.05))
+    """The gradient of u·L is u times that of L, whatever follows in the chain."""
+    ours = optax.chain(
+        optax_tricks.scale_by_random(5), AFTER[after](), optax.scale(-0.05)
+    )
     theirs = optax.chain(AFTER[after](), optax.scale(-0.05))
     start, xs = setup(5)
     path, states = jax.jit(partial(train, ours))(start, xs)
@@ -515,7 +517,7 @@ def test_random_gradient_is_the_gradient_of_the_random_loss(after, x64):
 
 @partial(jax.jit, static_argnames="half")
 def wave(low, high, half, counts):
-    return jax.vmap(tricks.triangular_schedule(low, high, half))(counts)
+    return jax.vmap(optax_tricks.triangular_schedule(low, high, half))(counts)
 
 
 @settings(prove, max_examples=15)
@@ -539,7 +541,7 @@ def test_triangular_schedule_is_a_triangle(low, span, half):
 
 @pytest.mark.parametrize("half", [1, 7, 1000])
 def test_triangular_schedule_takes_a_plain_or_a_traced_count(half):
-    schedule = tricks.triangular_schedule(0.1, 0.9, half)
+    schedule = optax_tricks.triangular_schedule(0.1, 0.9, half)
     for count in (0, half // 2, half, 2 * half, 3 * half):
         expected = 0.1 + 0.8 * (1 - abs(1 - (count % (2 * half)) / half))
         for value in (schedule(count), jax.jit(schedule)(count)):
@@ -548,8 +550,8 @@ def test_triangular_schedule_takes_a_plain_or_a_traced_count(half):
 
 @pytest.mark.parametrize("half", [1, 7, 1000])
 def test_triangular_schedule_keeps_its_period_in_long_runs(half):
-    """Counts above 2²⁴ are no longer exact in single precision."""
-    schedule = tricks.triangular_schedule(0.0, 1.0, half)
+    """Counts above 2²⁴ are not exact in single precision."""
+    schedule = optax_tricks.triangular_schedule(0.0, 1.0, half)
     start = (2**31 - 1) // (2 * half) * (2 * half) - 2 * half
     for offset in {0, half // 2, half, half + half // 3}:
         value = schedule(jnp.asarray(start + offset, jnp.int32))
@@ -558,13 +560,13 @@ def test_triangular_schedule_keeps_its_period_in_long_runs(half):
 
 # --- Zero and non-finite gradients ----------------------------------------------------
 
-MEMBERS = {
-    "scale_by_random": partial(tricks.scale_by_random, 0),
-    "centralize": tricks.centralize,
-    "barzilai_borwein_step": partial(tricks.barzilai_borwein_step, 0.1),
-    "perturbed_unit_step": tricks.perturbed_unit_step,
-    "step_tuned_sgd": partial(tricks.step_tuned_sgd, 0.1),
-    "pugd": partial(tricks.pugd, 0.1),
+TRANSFORMS = {
+    "scale_by_random": partial(optax_tricks.scale_by_random, 0),
+    "centralize": optax_tricks.centralize,
+    "barzilai_borwein_step": partial(optax_tricks.barzilai_borwein_step, 0.1),
+    "perturbed_unit_step": optax_tricks.perturbed_unit_step,
+    "step_tuned_sgd": partial(optax_tricks.step_tuned_sgd, 0.1),
+    "pugd": partial(optax_tricks.pugd, 0.1),
 }
 TWO_GRADIENTS = (
     "barzilai_borwein_step",
@@ -584,11 +586,11 @@ def numbers(tree: optax.OptState) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_zero_gradients_give_zero_updates(name, dtype):
     w = {"a": jnp.ones((3, 2), dtype), "b": jnp.zeros(2, dtype)}
     zero = jax.tree.map(jnp.zeros_like, w)
-    tx = MEMBERS[name]()
+    tx = TRANSFORMS[name]()
     state = tx.init(w)
     for _ in range(3):
         updates, state = tx.update(zero, state, w, grad_fn=lambda p, _: zero)
@@ -598,7 +600,7 @@ def test_zero_gradients_give_zero_updates(name, dtype):
         assert optax.tree.get(state, "pugd_zero_count") == 3
     if "step_tuned" in name or "barzilai" in name:
         assert optax.tree.get(state, "bb_nonpositive_curvature_count") == 3
-    # And the way back is open.
+    # Later gradients are used again.
     ones = jax.tree.map(jnp.ones_like, w)
     ones["a"] = ones["a"].at[0].set(2)
     updates, state = tx.update(ones, state, w, grad_fn=lambda p, _: ones)
@@ -608,16 +610,16 @@ def test_zero_gradients_give_zero_updates(name, dtype):
 
 def test_opposite_gradients_give_a_zero_unit_step():
     w, g = jnp.array([1.0, 2.0]), jnp.array([0.5, -3.0])
-    tx = tricks.perturbed_unit_step()
+    tx = optax_tricks.perturbed_unit_step()
     updates, state = tx.update(g, tx.init(w), w, grad_fn=lambda p, _: -g)
     np.testing.assert_array_equal(updates, 0)
     assert optax.tree.get(state, "pugd_zero_count") == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_non_finite_gradients_stay_visible(name, value):
-    tx = MEMBERS[name]()
+    tx = TRANSFORMS[name]()
     w = jnp.array([[1.0, -1.0], [0.0, 2.0], [3.0, 0.5]])
     fine = jnp.array([[0.3, 0.0], [-1.0, 0.2], [0.0, 4.0]])
 
@@ -639,6 +641,6 @@ def test_random_factor_stays_below_its_upper_limit_when_rounded(monkeypatch):
     # 1 + (2 - 1) * (1 - 2**-24) is 2 in float32, once in sixteen million draws.
     largest = jnp.float32(1 - 2**-24)
     monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: largest)
-    tx = tricks.scale_by_random(0, minval=1.0, maxval=2.0)
+    tx = optax_tricks.scale_by_random(0, minval=1.0, maxval=2.0)
     _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     assert state.random_factor < 2

@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-import optax_tricks as tricks
+import optax_tricks
 
 LR, DECAY, STEPS, TOLERANCE = 0.1, 0.05, 30, 1e-6
 
-# A patchwise "convolution", tanh, mean over places, tanh, linear, gain. No name means
-# anything in Flax, and `b` has one row only, which centralization must leave alone.
+# A patchwise "convolution", tanh, mean over places, tanh, linear, gain. The names have
+# no meaning in Flax. `b` has a single row, which centralization must not change.
 SHAPES = {
     "u": (3, 3, 2, 4),
     "a": (4,),
@@ -189,7 +189,7 @@ def step_tuned(
     max_scale: float = 2.0,
     steps: int = STEPS,
 ) -> Iterator[Record]:
-    """Step-Tuned SGD line by line, with a record of everything it went through."""
+    """Step-Tuned SGD line by line, with a record of all quantities."""
     w, gamma, average = START, 1.0, np.zeros(ENDS[-1])
     negative = raised = lowered = 0
     for k in range(steps):
@@ -230,7 +230,7 @@ derivative = jax.jit(jax.grad(loss))
 def run(
     tx: optax.GradientTransformation, steps: int = STEPS, dtype: str = "float64"
 ) -> tuple[list[np.ndarray], list[optax.OptState]]:
-    """Steps outside jit, where compiling some sixty chains would take most time."""
+    """Makes steps without jit: compiling about sixty chains would take longer."""
     tx = optax.with_extra_args_support(tx)
     params = {k: jnp.asarray(v, dtype) for k, v in unpack(START).items()}
     xs, ys = jnp.asarray(INPUTS, dtype), jnp.asarray(TARGETS, dtype)
@@ -253,7 +253,7 @@ def run(
 def assert_same_path(
     path: list[np.ndarray], expected: list[np.ndarray], tolerance: float = TOLERANCE
 ) -> None:
-    """Compares positions and, since the start is shared, the way gone from it."""
+    """Compares positions, and the distances from the start, which both share."""
     for k, (ours, theirs) in enumerate(zip(path, expected, strict=True)):
         scale = min(np.linalg.norm(theirs), np.linalg.norm(theirs - START))
         error = np.linalg.norm(ours - theirs) / scale
@@ -264,12 +264,12 @@ def fields(states: list[optax.OptState], name: str) -> np.ndarray:
     return np.asarray([optax.tree.get(state, name) for state in states])
 
 
-# name: the library's member and the reference's stage.
-RANDOM, TRIANGLE = partial(tricks.scale_by_random, 3), (0.25, 1.5, 4)
+# name: the transform of the library and the stage of the reference.
+RANDOM, TRIANGLE = partial(optax_tricks.scale_by_random, 3), (0.25, 1.5, 4)
 STAGES = {
-    "gc": (tricks.centralize, centralized),
+    "gc": (optax_tricks.centralize, centralized),
     "conv-gc": (
-        partial(tricks.centralize, conv_only=True),
+        partial(optax_tricks.centralize, conv_only=True),
         partial(centralized, conv_only=True),
     ),
     "random": (RANDOM, randomly_scaled),
@@ -278,19 +278,19 @@ STAGES = {
         randomly_scaled,
     ),
     "cyclical": (
-        lambda: optax.scale_by_schedule(tricks.triangular_schedule(*TRIANGLE)),
+        lambda: optax.scale_by_schedule(optax_tricks.triangular_schedule(*TRIANGLE)),
         partial(triangle, *TRIANGLE),
     ),
-    "pugd": (tricks.perturbed_unit_step, perturbed_unit),
+    "pugd": (optax_tricks.perturbed_unit_step, perturbed_unit),
     "decay": (partial(optax.add_decayed_weights, DECAY), decayed),
     "momentum": (partial(optax.trace, 0.9), momentum),
     "adam": (optax.scale_by_adam, adam),
     "adagrad": (optax.scale_by_rss, adagrad),
 }
 
-# Chains in the order of application. Adam's and Adagrad's rates are smaller.
+# Chains in the order of application. Adam and Adagrad have smaller rates.
 CHAINS = (
-    # The base optimizers alone, so that a failure below can be placed.
+    # The base optimizers alone, which help to explain a failure below.
     "momentum",
     "adam",
     "adagrad",
@@ -305,7 +305,7 @@ CHAINS = (
     "adagrad gc",
     "gc adam decay",
     "adam gc decay",
-    # L2 inside the projection, and decoupled decay outside.
+    # L2 before the projection, and decoupled decay after it.
     "decay gc",
     "decay gc momentum",
     "decay gc adam",
@@ -319,12 +319,12 @@ CHAINS = (
     "random adam",
     "random-range gc momentum",
     "cyclical momentum",
-    # PUGD, its decay after the normalisation and before momentum.
+    # PUGD, with decay after the normalization and before momentum.
     "pugd",
     "pugd momentum",
     "pugd decay momentum",
     "pugd gc random momentum",
-    # The probe follows the incoming gradient; the second gradient is grad_fn's own.
+    # The probe uses the incoming gradient; the second gradient is that of grad_fn.
     "gc pugd",
 )
 
@@ -334,38 +334,40 @@ def rate_of(chain: str) -> float:
 
 
 def chained(chain: str) -> optax.GradientTransformation:
-    members = [STAGES[name][0]() for name in chain.split()]
-    return optax.chain(*members, optax.scale_by_learning_rate(rate_of(chain)))
+    transforms = [STAGES[name][0]() for name in chain.split()]
+    return optax.chain(*transforms, optax.scale_by_learning_rate(rate_of(chain)))
 
 
-# Whole optimizers by the chain that they must equal.
+# Whole optimizers, and the chain that each must equal.
 OPTIMIZERS = {
-    "gc, sgd": ("gc", lambda: optax.chain(tricks.centralize(), optax.sgd(LR))),
+    "gc, sgd": ("gc", lambda: optax.chain(optax_tricks.centralize(), optax.sgd(LR))),
     "gc, sgd momentum": (
         "gc momentum",
-        lambda: optax.chain(tricks.centralize(), optax.sgd(LR, 0.9)),
+        lambda: optax.chain(optax_tricks.centralize(), optax.sgd(LR, 0.9)),
     ),
     "gc, adam": (
         "gc adam",
-        lambda: optax.chain(tricks.centralize(), optax.adam(0.01)),
+        lambda: optax.chain(optax_tricks.centralize(), optax.adam(0.01)),
     ),
     "gc, adagrad": (
         "gc adagrad",
-        lambda: optax.chain(tricks.centralize(), optax.adagrad(0.01)),
+        lambda: optax.chain(optax_tricks.centralize(), optax.adagrad(0.01)),
     ),
     "gc, adamw": (
         "gc adam decay",
-        lambda: optax.chain(tricks.centralize(), optax.adamw(0.01, weight_decay=DECAY)),
+        lambda: optax.chain(
+            optax_tricks.centralize(), optax.adamw(0.01, weight_decay=DECAY)
+        ),
     ),
     "random, sgd momentum": (
         "random momentum",
         lambda: optax.chain(RANDOM(), optax.sgd(LR, 0.9)),
     ),
-    "pugd": ("pugd momentum", lambda: tricks.pugd(LR)),
-    "pugd without momentum": ("pugd", lambda: tricks.pugd(LR, momentum=0.0)),
+    "pugd": ("pugd momentum", lambda: optax_tricks.pugd(LR)),
+    "pugd without momentum": ("pugd", lambda: optax_tricks.pugd(LR, momentum=0.0)),
     "pugd with decay": (
         "pugd decay momentum",
-        lambda: tricks.pugd(LR, momentum=0.9, weight_decay=DECAY),
+        lambda: optax_tricks.pugd(LR, momentum=0.9, weight_decay=DECAY),
     ),
 }
 
@@ -417,7 +419,7 @@ def test_optimizers_agree_with_the_reference(name, x64):
     compare(make(), chain)
 
 
-# Rounding is 6e-8 a step; Adam divides small gradients by their own small size.
+# Rounding is 6e-8 a step, and Adam divides small gradients by small numbers.
 @pytest.mark.parametrize(
     "chain", ["gc momentum", "adam gc", "random decay momentum", "pugd decay momentum"]
 )
@@ -427,7 +429,7 @@ def test_agrees_with_the_reference_in_single_precision(chain):
 
 
 def test_the_reference_tells_near_relatives_apart(x64):
-    """A comparison at 1e-6 is worth something only if these differ by far more."""
+    """A comparison at 1e-6 is useful only if similar chains differ by far more."""
     for one, other in (
         ("decay gc", "gc decay"),
         ("decay gc momentum", "gc momentum decay"),
@@ -473,8 +475,8 @@ def compare_step_tuned(
     tolerance *= 2
     for state, r in zip(states, expected, strict=True):
         get = partial(optax.tree.get, state)
-        # The inner product may cancel: its error, and that of the scale made from it,
-        # is measured by the size of its factors.
+        # The inner product may cancel. So its error, and that of the scale, is relative
+        # to the size of its factors.
         assert abs(get("bb_curvature") - r.bb_curvature) < tolerance * r.size
         error = abs(get("bb_step_size") / r.bb_step_size - 1)
         assert error < tolerance * r.size / abs(r.bb_curvature)
@@ -500,39 +502,41 @@ def published(k: int, delta: float = 0.001) -> float:
 def test_step_tuned_sgd_agrees_with_the_reference_in_every_branch(setting, x64):
     kwargs = STEP_TUNED[setting]
     expected = list(step_tuned(published, **kwargs))
-    # Equal counters prove something only where each guard has acted, and not always.
+    # Equal counters are evidence only if each guard has acted in some steps.
     for name in BB_COUNTS:
         assert getattr(expected[-1], name) > 0, name
     bounds = {"min_scale": 0.5, "max_scale": 2.0, "nu": 2.0} | kwargs
     assert any(r.bb_step_size not in bounds.values() for r in expected)
     assert expected[-1].bb_nonpositive_curvature_count < STEPS - 5
-    compare_step_tuned(tricks.step_tuned_sgd(ALPHA, **kwargs), expected)
+    compare_step_tuned(optax_tricks.step_tuned_sgd(ALPHA, **kwargs), expected)
 
 
-def member(a: optax.ScalarOrSchedule, **kwargs: float) -> optax.GradientTransformation:
+def bb_chain(
+    a: optax.ScalarOrSchedule, **kwargs: float
+) -> optax.GradientTransformation:
     return optax.chain(
-        tricks.barzilai_borwein_step(a, **kwargs), optax.scale_by_learning_rate(a)
+        optax_tricks.barzilai_borwein_step(a, **kwargs), optax.scale_by_learning_rate(a)
     )
 
 
 def alternating(k: int) -> float:
-    """A fast change of rate tells the k-th value from its neighbours."""
+    """A rate that changes fast, so that the k-th value differs from its neighbours."""
     return 0.1 + 0.2 * (k % 2)
 
 
 # id: a factory of the library's optimizer and the reference's `a_k`.
 RATES = {
     "delta": (
-        lambda: tricks.step_tuned_sgd(ALPHA, delta=0.25),
+        lambda: optax_tricks.step_tuned_sgd(ALPHA, delta=0.25),
         partial(published, delta=0.25),
     ),
-    "published": (lambda: member(published), published),
-    "constant": (lambda: member(0.1), lambda k: 0.1),
+    "published": (lambda: bb_chain(published), published),
+    "constant": (lambda: bb_chain(0.1), lambda k: 0.1),
     "cosine": (
-        lambda: member(optax.cosine_decay_schedule(0.3, STEPS)),
+        lambda: bb_chain(optax.cosine_decay_schedule(0.3, STEPS)),
         lambda k: 0.15 * (1 + np.cos(np.pi * k / STEPS)),
     ),
-    "alternating": (lambda: member(alternating), alternating),
+    "alternating": (lambda: bb_chain(alternating), alternating),
 }
 
 
@@ -544,14 +548,14 @@ def test_barzilai_borwein_step_agrees_with_the_reference(rate, x64):
 
 @pytest.mark.parametrize("setting", ["defaults", "nu clipped from above"])
 def test_step_tuned_sgd_agrees_in_single_precision(setting):
-    # A difference of two gradients loses digits that the float64 runs keep.
+    # A difference of two gradients loses digits in float32.
     kwargs = STEP_TUNED[setting]
     expected = list(step_tuned(published, steps=6, **kwargs))
-    tx = tricks.step_tuned_sgd(ALPHA, **kwargs)
+    tx = optax_tricks.step_tuned_sgd(ALPHA, **kwargs)
     compare_step_tuned(tx, expected, "float32", 1e-4)
 
 
-# Flax's names and layouts: unfolded to one column for each output unit.
+# Names and layouts of Flax, unfolded to one column for each output unit.
 FLAX = {
     "conv": {"kernel": (3, 3, 4, 6), "bias": (6,)},
     "conv_1d": {"kernel": (3, 4, 6), "bias": (6,)},
@@ -570,7 +574,7 @@ def test_centralize_unfolds_flax_kernels(conv_only, x64):
         layer: {name: rng.normal(2.0, 1.0, shape) for name, shape in leaves.items()}
         for layer, leaves in FLAX.items()
     }
-    tx = tricks.centralize(conv_only=conv_only)
+    tx = optax_tricks.centralize(conv_only=conv_only)
     params = jax.tree.map(jnp.asarray, gs)
     updates, _ = tx.update(params, tx.init(params), params)
     for layer, leaves in gs.items():

@@ -1,4 +1,4 @@
-"""Bad input is refused, with what was given, what is allowed and what to do."""
+"""Bad input raises an error that says what was given and what is allowed."""
 
 import re
 from collections.abc import Callable
@@ -10,18 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-import optax_tricks as tricks
+import optax_tricks
 
 NAN, INF = float("nan"), float("inf")
 PARAMS = {"w": jnp.array([0.5, -1.5]), "b": jnp.array(1.0)}
-RANDOM = (tricks.scale_by_random, {"key": 0})
-BB = (tricks.barzilai_borwein_step, {"learning_rate": 0.1})
-UNIT = (tricks.perturbed_unit_step, {})
-TUNED = (tricks.step_tuned_sgd, {"learning_rate": 0.1})
-PUGD = (tricks.pugd, {"learning_rate": 0.1})
-WAVE = (tricks.triangular_schedule, {"low": 0.0, "high": 1.0, "half_period": 2})
+RANDOM = (optax_tricks.scale_by_random, {"key": 0})
+BB = (optax_tricks.barzilai_borwein_step, {"learning_rate": 0.1})
+UNIT = (optax_tricks.perturbed_unit_step, {})
+TUNED = (optax_tricks.step_tuned_sgd, {"learning_rate": 0.1})
+PUGD = (optax_tricks.pugd, {"learning_rate": 0.1})
+WAVE = (optax_tricks.triangular_schedule, {"low": 0.0, "high": 1.0, "half_period": 2})
 
-# Factory and arguments, one more argument, what it may be, bad and good values.
+# Factory, its arguments, one more argument, its range, bad values and good values.
 RANGES = [
     (*RANDOM, "probability", "[0, 1]", [-0.1, 1.1, NAN], [0, 0.5, 1]),
     (*BB, "learning_rate", "[0, inf)", [-0.1, INF, NAN], [0, 10]),
@@ -39,7 +39,7 @@ RANGES = [
     (*PUGD, "weight_decay", "[0, inf)", [-0.1, INF, NAN], [0, 5e-4]),
     (*WAVE, "half_period", "(0, inf)", [0, -2, INF, NAN], [1, 2.5]),
 ]
-# Factory and arguments, lower and upper limit, each of which is fine by itself.
+# Factory, its arguments, a lower and an upper limit in the wrong order.
 ORDERS = [
     (*RANDOM, {"minval": 0.75}, {"maxval": 0.5}),
     (*RANDOM, {"minval": 0.75}, {"maxval": NAN}),
@@ -62,15 +62,15 @@ def grad_fn(params: Any, step: int) -> Any:
 
 
 def use(factory: Factory, kwargs: Kwargs) -> Any:
-    """Whatever the factory's product computes."""
+    """Builds a transform or schedule and calls it."""
     made = factory(**kwargs)
-    if factory is tricks.triangular_schedule:
+    if factory is optax_tricks.triangular_schedule:
         return made(3)
     return made.update(PARAMS, made.init(PARAMS), PARAMS, grad_fn=grad_fn)
 
 
 def cases(which: int) -> pytest.MarkDecorator:
-    """Every bad (4) or good (5) value, as every kind of number that can hold it."""
+    """Parametrizes by the bad (4) or good (5) values, as every type of number."""
     return pytest.mark.parametrize(
         ("factory", "kwargs", "name", "interval", "value"),
         [
@@ -172,7 +172,7 @@ def test_a_missing_argument_shows_the_call_to_write(
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=f"got no {missing}") as error:
         tx.update(PARAMS, state, params, **extra)
-    # What it shows runs as it stands.
+    # The call in the message works.
     shown = re.search(
         r"Call (update\(.*?\)) with, for example, grad_fn = (lambda .*)\.$",
         str(error.value),
@@ -220,10 +220,10 @@ def test_a_second_gradient_of_another_form_is_refused(
 def test_step_tuned_sgd_refuses_a_schedule_and_names_a_remedy_that_works() -> None:
     schedule = optax.cosine_decay_schedule(0.1, 10)
     with pytest.raises(ValueError, match="learning_rate must be a number") as error:
-        tricks.step_tuned_sgd(schedule)
+        optax_tricks.step_tuned_sgd(schedule)
     remedy = re.search(r"optax\.chain\(.*\)", str(error.value))
     assert remedy
-    names = {**vars(tricks), "optax": optax, "schedule": schedule}
+    names = {**vars(optax_tricks), "optax": optax, "schedule": schedule}
     tx = eval(remedy[0], names)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=grad_fn)
     descends = jax.tree.map(lambda u, g: jnp.all(u * g < 0), updates, PARAMS)

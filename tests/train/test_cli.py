@@ -1,4 +1,4 @@
-"""The command as its user types it."""
+"""The command line, as a user types it."""
 
 import json
 import math
@@ -11,7 +11,13 @@ import jax
 import pytest
 
 import train.__main__ as command_line
+from tests.shared import squeezed
 from train import run as train_run
+from train.optim.chain import PLACES
+from train.optim.config import OPTIMIZERS
+from train.optim.schedules import SCHEDULES
+from train.optim.techniques import TECHNIQUES
+from train.tasks import TASKS
 from train.tasks.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +33,7 @@ def run(monkeypatch, *arguments):
 @pytest.mark.slow
 def test_a_run_leaves_its_folder(tmp_path):
     command = [sys.executable, "-m", "train", "classification", "--dataset", "digits"]
-    command += ["--techniques", "centralize,random", "--epochs", "2"]
+    command += ["--techniques", "centralize,scale_by_random", "--epochs", "2"]
     # From another folder, where runs/ is made.
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -39,7 +45,10 @@ def test_a_run_leaves_its_folder(tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["data"]["dataset"] == "digits"
-    assert config["config"]["optimizer"]["tricks"] == ["centralize", "scale_by_random"]
+    assert config["config"]["optimizer"]["techniques"] == [
+        "centralize",
+        "scale_by_random",
+    ]
     assert config["config"]["seed"] == 0
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -71,56 +80,97 @@ def events_of(folder):
     return {*found.Tags()["scalars"], *found.Tags()["images"]}
 
 
+def box_of(monkeypatch, capsys, *arguments):
+    """Returns what a refused command shows, without white space and frame."""
+    with pytest.raises(SystemExit) as raised:
+        run(monkeypatch, *arguments)
+    assert raised.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return squeezed(printed.err)
+
+
+def test_without_arguments_the_commands_are_listed(monkeypatch, capsys):
+    text = box_of(monkeypatch, capsys)
+    commands = ("predict", "compare", "export", "recipes", "techniques")
+    assert f"Expectedoneof{{{','.join((*TASKS, *commands))}}}" in text
+    assert "python-mtrain--help" in text
+
+
+def test_an_unknown_command_is_refused_with_those_that_are_known(monkeypatch, capsys):
+    text = box_of(monkeypatch, capsys, "clasification")
+    assert "clasification" in text
+    assert ",".join(TASKS) in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        # Flags, of which the nearest is suggested.
+        (("--epoch", "3"), "Perhaps you meant: --epochs INT"),
+        (("--tecniques", "sam"), "Perhaps you meant: --techniques NAME,NAME,..."),
+        (("--tricks", "sam"), "Unrecognized options: --tricks, sam"),
+        # Values that are not among the known.
         (("--augment", "mirrored"), "unknown augmentation 'mirrored'; known: pad_crop"),
+        (
+            ("--techniques", "rndom"),
+            "unknown technique 'rndom'; known: scale_by_random",
+        ),
+        (("--loader", "disk"), "invalid choice 'disk' for argument '--loader'"),
+        (("--model", "resnet9"), "'resnet110'"),
+        (("--recipe", "gc"), "'gc_cifar100_resnet50'"),
+        (("--recipe", "pix2pix_maps"), "invalid choice 'pix2pix_maps'"),
+        (("--precision", "bf16"), "Expected one of ('float32', 'bfloat16')"),
+        # Values that cannot be read, or are out of range.
         (("--image-size", "0x3"), "'0x3' is no size: write 224, or 360x480"),
         (("--image-size", "32x0"), "'32x0' is no size: write 224, or 360x480"),
-        (("--loader", "disk"), "invalid choice 'disk' for argument '--input'"),
-        (("--model", "resnet9"), "resnet110"),
-        (("--epoch", "3"), "Perhaps you meant"),
-        (("--recipe", "gc"), "gc_cifar100_resnet50"),
+        (("--learning-rate", "-1"), "learning_rate must be greater than 0, got -1.0"),
+        (("--epochs", "0"), "epochs must be greater than or equal to 1, got 0"),
+        (("--epochs", "2.5"), "invalid literal for int() with base 10: '2.5'"),
+        (("--grad-accum", "3"), "grad_accum must divide the batch size, 100; got 3"),
+        (("--seeds", "0"), "seeds must be greater than or equal to 1, got 0"),
+        (("--label-smoothing", "1"), "label_smoothing must be less than 1, got 1.0"),
     ],
 )
-def test_wrong_flags_say_what_exists(monkeypatch, capsys, arguments, message):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_wrong_flags_say_what_is_allowed(monkeypatch, capsys, arguments, message):
+    text = box_of(monkeypatch, capsys, "classification", *arguments)
+    assert squeezed(message) in text
+
+
+def test_every_known_technique_is_named(monkeypatch, capsys):
+    arguments = ("classification", "--techniques", "centralise")
+    text = box_of(monkeypatch, capsys, *arguments)
+    for name, row in TECHNIQUES.items():
+        assert squeezed(f"{name} ({row.title}: {row.idea})") in text
+    for name, description in PLACES.items():
+        assert squeezed(f"{name} ({description})") in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_lists_the_settings(monkeypatch, capsys, task):
     with pytest.raises(SystemExit) as error:
-        run(monkeypatch, "classification", *arguments)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--techniques", "rndom"), "unknown trick 'rndom'; known: random"),
-        (("--learning-rate", "-1"), "learning rate must be above 0 and finite, got -1"),
-        (("--epochs", "0"), "epochs must be at least 1, got 0"),
-        (("--grad-accum", "3"), "accumulate must divide the batch size, 100; got 3"),
-        (("--seeds", "0"), "seeds must be at least 1, got 0"),
-    ],
-)
-def test_wrong_settings_are_one_line(monkeypatch, arguments, message):
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
-        run(monkeypatch, "classification", *arguments)
-
-
-def test_help_and_list_of_tricks(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as error:
-        run(monkeypatch, "classification", "--help")
+        run(monkeypatch, task, "--help")
     assert error.value.code == 0
     text = capsys.readouterr().out
-    for flag in (
-        "--dataset",
-        "--model",
-        "--techniques",
-        "--run-dir",
-        "--learning-rate",
-    ):
-        assert flag in text
-    run(monkeypatch, "tricks")
-    assert "perturbed_unit_step" in capsys.readouterr().out
+    flags = ("--dataset", "--techniques", "--run-dir", "--learning-rate", "--recipe")
+    for flag in flags:
+        assert f" {flag} " in text
+
+
+def test_techniques_places_optimizers_and_schedules_are_listed(monkeypatch, capsys):
+    run(monkeypatch, "techniques")
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert names == [*TECHNIQUES, *PLACES, *OPTIMIZERS, *SCHEDULES]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "--techniques NAME,NAME,..., in the order of the chain",
+        "places that --techniques may name as well",
+        "--optimizer",
+        "--schedule",
+    ]
+    for line in lines:
+        if line.startswith("  "):
+            assert len(line.split(maxsplit=1)[1]) > 5
 
 
 @pytest.mark.parametrize(
@@ -142,58 +192,47 @@ def test_data_that_cannot_be_trained_on(monkeypatch, tmp_path, arguments, messag
 @pytest.mark.slow
 def test_a_stream_trains_to_the_same_numbers(monkeypatch, tmp_path):
     losses = []
-    for way in ("memory", "grain"):
-        folder = tmp_path / way
-        arguments = (
-            "--epochs",
-            1,
-            "--loader",
-            way,
-            "--num-workers",
-            0,
-            "--batch-size",
-            64,
-        )
-        arguments += ("--augment", "pad_crop,mirror,color_jitter,cutout")
-        run(monkeypatch, "classification", *arguments, "--run-dir", folder)
+    for loader in ("memory", "grain"):
+        folder = tmp_path / loader
+        arguments = ("--epochs", 1, "--batch-size", 64, "--num-workers", 0)
+        arguments += ("--augment", "pad_crop,random_flip,color_jitter,cutout")
+        arguments += ("--loader", loader, "--run-dir", folder)
+        run(monkeypatch, "classification", *arguments)
         losses.append(json.loads((folder / "summary.json").read_text())["train_loss"])
     assert losses[0] == losses[1]
 
 
 def test_what_cannot_be_trained_leaves_no_folder(monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("--dataset", "digit", "--run-dir", folder)
     with pytest.raises(SystemExit, match="unknown dataset"):
-        run(
-            monkeypatch,
-            "classification",
-            "--dataset",
-            "digit",
-            "--run-dir",
-            tmp_path / "run",
-        )
-    assert not (tmp_path / "run").exists()
+        run(monkeypatch, "classification", *arguments)
+    assert not folder.exists()
 
 
 def test_an_interruption_is_one_word(monkeypatch, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_run, "fit", interrupt)
+    monkeypatch.setattr(train_run, "train_seed", interrupt)
     with pytest.raises(SystemExit, match=r"^interrupted$"):
         run(monkeypatch, "classification", "--run-dir", tmp_path / "run")
 
 
 def test_an_unwritable_folder_fails_before_training(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(train_run, "fit", None)
+    monkeypatch.setattr(train_run, "open_program", None)
     with pytest.raises(SystemExit, match="cannot write to run folder"):
         run(monkeypatch, "classification", "--run-dir", tmp_path / "file" / "run")
 
 
-def test_settings_that_cannot_be_built_leave_the_folder_free(monkeypatch, tmp_path):
+def test_settings_that_do_not_fit_the_data_leave_no_folder(monkeypatch, tmp_path):
     arguments = ("classification", "--run-dir", tmp_path / "run", "--batch-size")
-    with pytest.raises(SystemExit, match="5000 must be from 1 to the 1000"):
+    with pytest.raises(
+        SystemExit, match="batch_size must be from 1 to 1000, the number"
+    ):
         run(monkeypatch, *arguments, 5000)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_divergence_is_one_line_that_names_the_step(monkeypatch, tmp_path):
@@ -206,8 +245,8 @@ def test_a_full_device_is_one_line_that_says_what_to_do(monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(train_run, "fit", fail)
-    with pytest.raises(SystemExit, match=r"out of memory: .*--accumulate"):
+    monkeypatch.setattr(train_run, "train_seed", fail)
+    with pytest.raises(SystemExit, match=r"out of memory: .*--grad-accum"):
         run(monkeypatch, "classification", "--run-dir", tmp_path / "run")
 
 
@@ -228,7 +267,7 @@ def test_seeds_in_one_command_are_those_of_several(monkeypatch, tmp_path, capsys
     found = records_of(tmp_path / "all")
     for record in found + alone:
         del record["seconds"]
-    assert found == sorted(alone, key=lambda r: (r["epoch"], r["seed"]))
+    assert found == alone  # one seed after the other
     summary = json.loads((tmp_path / "all" / "summary.json").read_text())
     scores = [r["test_accuracy"] for r in found if r["epoch"] == 2]
     assert summary["test_accuracy"] == pytest.approx(sum(scores) / 2)
@@ -244,7 +283,7 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(
     common = ("classification", "--epochs", 1, "--run-dir", tmp_path / "run")
     run(monkeypatch, *common)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(train_run, "build", None)
+    monkeypatch.setattr(train_run, "open_program", None)
     run(monkeypatch, *common)
     assert "holds this run already, finished" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
@@ -261,8 +300,15 @@ def test_recipes_are_listed_and_change_the_defaults(monkeypatch, tmp_path, capsy
         assert f"\n{name}\n" in f"\n{printed}"
     with pytest.raises(SystemExit):
         run(monkeypatch, "translation", "--recipe", "pix2pix_maps", "--help")
-    text = capsys.readouterr().out
-    assert "unet256" in text
+    text = squeezed(capsys.readouterr().out)
+    assert "(default:unet256)" in text
+    # As `--recipe=NAME` too, and for that command only.
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "translation", "--recipe=pix2pix_maps", "--help")
+    assert squeezed(capsys.readouterr().out) == text
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "translation", "--help")
+    assert "(default:unet64_small)" in squeezed(capsys.readouterr().out)
 
 
 def test_a_recipe_is_trained_with_the_flags_that_change_it(monkeypatch, tmp_path):
@@ -271,6 +317,6 @@ def test_a_recipe_is_trained_with_the_flags_that_change_it(monkeypatch, tmp_path
     arguments += ("--augment", "random_flip", "--run-dir", tmp_path / "run")
     run(monkeypatch, *arguments)
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert config["optimizer"]["tricks"] == ["perturbed_unit_step"]
+    assert config["optimizer"]["techniques"] == ["perturbed_unit_step"]
     assert config["model"] == "resnet8"
     assert config["data"]["augment"] == ["random_flip"]

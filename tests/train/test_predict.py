@@ -1,6 +1,7 @@
-"""What users do with a run: the commands predict, export and samples."""
+"""What users do with a finished run: the commands predict, export and compare."""
 
 import csv
+import re
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 
 import train.__main__ as command_line
 from tests.shared import one_device_mesh
-from train import data
+from train import data, plots
 
 SIZE = (64, 64)
 
@@ -29,7 +30,7 @@ def write_image(path, shape, rng, high=256):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each task on a few random images, whose dataset is gone."""
+    """Trains each task on a few random images."""
     base = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -48,7 +49,7 @@ def runs(tmp_path_factory):
     data.prepare("paired_images/tiny", source=base / "pairs", **place)
     common = ("--epochs", 1, "--batch-size", 4, "--data-dir", base / "prepared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.make_mesh", one_device_mesh)
+        patch.setattr("train.program.make_mesh", one_device_mesh)
         for task, dataset, more in (
             ("classification", "image_folder/tiny", ("--seeds", 2)),
             ("segmentation", "segmentation_folder/tiny", ("--ema", 0.5)),
@@ -120,17 +121,17 @@ def test_exported_weights_are_those_of_the_seed(runs, tmp_path, monkeypatch, cap
     assert (found[0]["fc.weight"] != found[1]["fc.weight"]).any()
 
 
-def test_of_a_moving_average_it_is_what_is_exported(runs, tmp_path, monkeypatch):
+def test_the_moving_average_is_exported_if_there_is_one(runs, tmp_path, monkeypatch):
     folder, path = runs / "segmentation", tmp_path / "weights.safetensors"
     run(monkeypatch, "export", folder, "--output", path)
     exported = load_file(path)
-    saved = folder / "checkpoints" / "1" / "state"
+    saved = folder / "checkpoints" / "seed0" / "1" / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         names = checkpointer.metadata(saved).item_metadata.tree
         args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
         arrays = checkpointer.restore(saved, restore_args=args)
     (bias,) = (name for name in exported if name.endswith("head.bias"))
-    for part, is_it in ((".average[0]", True), (".params", False)):
+    for part, is_it in ((".ema[0]", True), (".params", False)):
         (found,) = (
             array
             for name, array in arrays.items()
@@ -149,22 +150,86 @@ def test_each_network_is_exported(runs, monkeypatch):
         assert weights[first].shape[1:] == (inputs, 4, 4)
 
 
-def test_runs_are_laid_side_by_side(runs, tmp_path, monkeypatch):
-    for task in ("segmentation", "translation"):
-        path = tmp_path / f"{task}.png"
-        arguments = (
-            runs / task,
-            runs / task,
-            "--labels",
-            "original",
-            "scale_by_random",
-        )
-        run(
-            *(monkeypatch, "samples", *arguments),
-            *("--count", 2, "--output", path),
-        )
-        (width, height), _ = form_of(path)
-        assert width > 1.2 * height  # four columns, two rows, and maybe a legend
+def test_prediction_and_export_need_no_dataset(runs, photo, tmp_path, monkeypatch):
+    prepared = runs / "prepared"
+    prepared.rename(runs / "elsewhere")
+    try:
+        output = tmp_path / "out"
+        run(monkeypatch, "predict", runs / "translation", photo, "--output", output)
+        assert (output / "photo.png").exists()
+        path = tmp_path / "weights.safetensors"
+        run(monkeypatch, "export", runs / "segmentation", "--output", path)
+        assert path.exists()
+    finally:
+        (runs / "elsewhere").rename(prepared)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "translation"])
+def test_pictures_of_runs_are_drawn_side_by_side(
+    runs, tmp_path, monkeypatch, task, capsys
+):
+    path = tmp_path / "comparison.png"
+    drawn = []
+    draw = plots.save_comparison
+
+    def record(path, columns, *more):
+        drawn.append(columns)
+        draw(path, columns, *more)
+
+    monkeypatch.setattr(plots, "save_comparison", record)
+    labels = ("--labels", "plain", "scale_by_random")
+    options = ("--count", 2, "--output", path)
+    run(monkeypatch, "compare", runs / task, runs / task, *labels, *options)
+    assert capsys.readouterr().out.endswith(f"written: {path}\n")
+    (columns,) = drawn
+    titles, images = zip(*columns, strict=True)
+    if task == "segmentation":
+        assert titles == ("photo", "truth", "plain", "scale_by_random")
+    else:
+        assert titles == ("input", "plain", "scale_by_random", "truth")
+    assert {len(column) for column in images} == {2}
+    by_title = dict(columns)
+    np.testing.assert_array_equal(by_title["plain"], by_title["scale_by_random"])
+    assert (np.asarray(by_title["plain"]) != np.asarray(by_title["truth"])).any()
+    (width, height), _ = form_of(path)
+    assert width > 1.2 * height  # four columns, two rows, and maybe a legend
+
+
+def test_classes_found_by_runs_are_written_above_the_photos(
+    runs, tmp_path, monkeypatch
+):
+    path = tmp_path / "comparison.png"
+    drawn = []
+    draw = plots.save_titled
+
+    def record(path, images, titles):
+        drawn.append((images, titles))
+        draw(path, images, titles)
+
+    monkeypatch.setattr(plots, "save_titled", record)
+    folder = runs / "classification"
+    options = ("--count", 3, "--output", path)
+    run(monkeypatch, "compare", folder, folder, "--labels", "plain", "sam", *options)
+    ((images, titles),) = drawn
+    assert len(images) == len(titles) == 3
+    for title in titles:
+        truth, plain, sam = title.split("\n")
+        assert truth in ("a", "b")
+        assert re.fullmatch(r"plain: [ab] \d+ %", plain)
+        assert sam.removeprefix("sam: ") == plain.removeprefix("plain: ")
+    assert form_of(path)[0][0] > 300
+
+
+def test_runs_are_called_by_their_folders(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(
+        plots, "save_comparison", lambda path, columns, *_: drawn.append(columns)
+    )
+    run(monkeypatch, "compare", runs / "translation")
+    ((_, (title, images), _),) = drawn
+    assert title == "translation"
+    assert len(images) == 4  # there are fewer examples than six
 
 
 @pytest.mark.parametrize(
@@ -174,13 +239,16 @@ def test_runs_are_laid_side_by_side(runs, tmp_path, monkeypatch):
         (("predict", "{runs}/classification", "{runs}/none.png"), "none.png"),
         (("predict", "{runs}/classification", "{runs}"), "there is no image"),
         (("export", "{runs}/segmentation", "--seed", "7"), "has the seeds 0, not 7"),
-        (("samples", "{runs}/classification"), "no pictures to lay side by side"),
         (
-            ("samples", "{runs}/segmentation", "{runs}/translation"),
-            "need one task and dataset",
+            ("compare", "{runs}/classification", "{runs}/segmentation"),
+            "only for the same task and dataset",
         ),
-        (("samples", "{runs}/segmentation", "--labels", "a", "b"), "1 runs need"),
-        (("samples", "{runs}/segmentation", "--count", "0"), "at least 1, got 0"),
+        (
+            ("compare", "{runs}/segmentation", "{runs}/translation"),
+            "only for the same task and dataset",
+        ),
+        (("compare", "{runs}/segmentation", "--labels", "a", "b"), "1 runs need"),
+        (("compare", "{runs}/segmentation", "--count", "0"), "at least 1, got 0"),
         (
             ("predict", "{runs}/classification", "{photo}", "{photo}"),
             "several images are called photo",

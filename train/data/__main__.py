@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.extras import SubcommandApp
 
-from train import contact_sheet, data
+from train import data, plots
 from train.data.preparation.builder import summarize
 from train.data.preparation.measure import SplitStatistics
 from train.errors import UsageError
@@ -195,6 +195,8 @@ def show(
     """
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
+    if count > plots.MOST_EXAMPLES:
+        raise UsageError(f"count must be at most {plots.MOST_EXAMPLES}, got {count}")
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, got {seed}")
     if output is not None and output.suffix != ".png":
@@ -215,19 +217,23 @@ def show(
     if "label" in fields:
         labels = np.stack(arrays["label"])
         names = (*found.class_names, "unlabelled")  # -1 means unlabelled
-        contact_sheet.labelled(arrays["image"], labels, names, path, title=title)
+        captions = [names[label] for label in labels]
+        images = {"image": arrays["image"]}
+        plots.save_images(images, path, title=title, captions=captions)
     elif "mask" in fields:
-        contact_sheet.segmented(
+        plots.save_masks(
             arrays["image"],
-            arrays["mask"],
-            found.class_names,
+            {"mask": arrays["mask"]},
             path,
-            title=title,
+            class_names=found.class_names,
             colors=found.colors,
             ignore_label=found.ignore_label,
+            blend=True,
+            title=title,
         )
     else:
-        contact_sheet.paired(arrays["input"], arrays["target"], path, title=title)
+        images = {key: arrays[key] for key in ("input", "target")}
+        plots.save_images(images, path, title=title)
     console.print(f"drew {title} to {path}")
 
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
+import pydantic
 from jax.sharding import Mesh
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -15,7 +15,7 @@ from train.data.loaders import Loader, memory_limit, open_loaders
 from train.data.preparation.prepared import load
 from train.errors import UsageError
 from train.progress import Progress, silent
-from train.settings import NameList, NonNegative, Positive, settings
+from train.settings import AnyPath, NameList, NonNegative, Positive, settings
 
 AUGMENTATIONS = {
     "pad_crop": "random crop after padding by 4 pixels",
@@ -44,7 +44,7 @@ def _parse_size(arguments: list[str]) -> tuple[int, int] | None:
 
 
 Size = Annotated[
-    tuple[Positive[int], Positive[int]] | None,
+    Annotated[tuple[Positive[int], Positive[int]], pydantic.Field(strict=False)] | None,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="N|HxW",
@@ -81,7 +81,7 @@ class DataConfig:
     num_workers: NonNegative[int] | None = None
     """Processes in which Grain decodes, 0 for threads; by the number of cores if
     unset."""
-    data_dir: Path | None = None
+    data_dir: AnyPath | None = None
     """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
 
     def load(self, task: str, progress: Progress = silent) -> Dataset:

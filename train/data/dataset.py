@@ -57,7 +57,7 @@ class Field:
             width = width // 2 if self.half == "a" else width - width // 2
         return height, width
 
-    def _select(self, array: np.ndarray) -> np.ndarray:
+    def select(self, array: np.ndarray) -> np.ndarray:
         """Takes what belongs to the field from a decoded picture."""
         middle = array.shape[1] // 2
         if self.half:
@@ -84,7 +84,7 @@ def read_fields(fields: Mapping[str, Field], example: Mapping[str, Any]) -> Arra
         picture = (field.feature, field.channels)
         if picture not in decoded:
             decoded[picture] = decode(value, field.channels)
-        arrays[name] = field._select(decoded[picture])
+        arrays[name] = field.select(decoded[picture])
     return arrays
 
 

@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import absl.flags
@@ -48,7 +48,7 @@ class Loader(Protocol):
 
     num_examples: int
 
-    def feeds(self, sampler: Sampler, first_step: int = 0) -> Iterator[Any]:
+    def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[Any]:
         """Yields what each step needs, without end, beginning at a step."""
 
     def abstract_feed(self, sampler: Sampler) -> Any:
@@ -101,7 +101,7 @@ class InMemoryLoader:
         self._sharding = replicated(mesh or _first_device())
         self.data: Batch = put(dict(arrays), self._sharding)
 
-    def feeds(self, sampler: Sampler, first_step: int = 0) -> Iterator[InMemoryFeed]:
+    def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[InMemoryFeed]:
         """Yields the data and the order of the epoch; the same objects in each step."""
         epoch = 0
         while sampler.steps_before(epoch + 1) <= first_step:
@@ -189,7 +189,7 @@ class GrainLoader:
         count = jax.process_count() if process_count is None else process_count
         self._shard = (index, count)
 
-    def feeds(self, sampler: Sampler, first_step: int = 0) -> Iterator[Batch]:
+    def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[Batch]:
         """Yields batches that are on the devices already."""
         import grain  # takes a second, which the other loader saves
 

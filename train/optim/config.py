@@ -3,6 +3,8 @@
 import itertools
 from typing import Annotated
 
+import pydantic
+
 from train.errors import UsageError
 from train.optim.chain import PLACES, chain_order, check_order
 from train.optim.schedules import SCHEDULES
@@ -47,7 +49,7 @@ class OptimizerConfig(TechniqueOptions):
     """How the learning rate changes over the run."""
     warmup_epochs: NonNegative[float] = 0.0
     """Epochs of linear warm-up to the value at which the schedule starts."""
-    milestones: tuple[int, ...] = ()
+    milestones: Annotated[tuple[int, ...], pydantic.Field(strict=False)] = ()
     """Epochs of the run after which the step schedule lowers the rate."""
     decay_factor: Positive[float] = 0.1
     """Factor on the rate at each milestone."""

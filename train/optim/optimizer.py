@@ -175,7 +175,14 @@ def _with_l2(
     def regularised(grads: Any, params: Any) -> Any:
         return decay.update(grads, decay.init(params), params)[0]  # decay is stateless
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        grad_fn: Callable[[Any, Any], Any],
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         return inner.update(
             regularised(updates, params),
             state,

@@ -71,7 +71,8 @@ def make_schedule(
     if not warmup_steps:
         return main
 
-    def warm(count: jax.typing.ArrayLike) -> jax.Array:
+    def warm(step: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(step)
         rising = main(0) * (count + 1) / (warmup_steps + 1)
         after = main(jnp.maximum(count - warmup_steps, 0))
         return jnp.where(count < warmup_steps, rising, after)

@@ -1,7 +1,8 @@
 """The table of techniques: the one place that says what each of them is.
 
 The command line, the order of a chain, the logs, the studies, the README and the docs
-read these rows. To add a technique, write its transform in `optax_tricks` and add a row.
+read these rows. To add a technique, write its transform in `optax_tricks` and add a
+row.
 
 >>> from train.optim.techniques import TECHNIQUES
 >>> TECHNIQUES["perturbed_unit_step"].gradients_per_step

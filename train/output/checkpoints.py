@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -137,7 +138,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             newest whole one is not like `like`.
         """
         self.wait()
-        self._damaged, problems = [], []
+        self._damaged = []
+        problems: list[str] = []
         for step in reversed(self.steps()):
             folder = self._folder / str(step)
             problem = _damage(folder / _ITEM)
@@ -173,10 +175,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         # Not through the manager: its processes would wait for one that fails.
         arrays = self._handler.restore(folder, args=ocp.args.StandardRestore(target))
         leaves, structure = jax.tree.flatten(like)
-        return structure.unflatten(
+        restored = [
             jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
             for name, leaf in zip(names, leaves, strict=True)
-        )
+        ]
+        return jax.tree.unflatten(structure, restored)
 
     def _check_room(self, num_bytes: int) -> None:
         """Notices a full disk before Orbax, which prints a page for each array."""
@@ -236,7 +239,7 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _arrays(tree: Tree) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
             )
     elif {child.name for child in path.iterdir()} - {".lock", f"{CONFIG}.part"}:
         raise RunFolderError(
-            f"run folder {path} holds files of something else: choose another run folder"
+            f"run folder {path} holds other files: choose another run folder"
         )
 
 

@@ -21,7 +21,7 @@ from train.data.augment import Augmentation
 from train.errors import UsageError
 from train.metrics import confusion_matrix
 from train.optim.config import OptimizerConfig
-from train.settings import Choice, Fraction, settings
+from train.settings import AnyPath, Choice, Fraction, settings
 from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
 _TOP = 5
@@ -39,7 +39,7 @@ class ClassificationConfig(TrainingConfig):
     """Network to train."""
     label_smoothing: Fraction[float] = 0.0
     """Share of the label that is spread over all classes."""
-    weights: Path | None = None
+    weights: AnyPath | None = None
     """Safetensors to fine-tune from; for other classes the last layer starts anew."""
 
 
@@ -205,7 +205,9 @@ class Classification:
         titles = [
             shares_in_words(shares, self.class_names, 1) for shares in predictions
         ]
-        plots.save_titled(folder / "predictions.png", photos, titles)
+        plots.save_images(
+            {"photo": photos}, folder / "predictions.png", captions=titles
+        )
         return [shares_in_words(shares, self.class_names) for shares in predictions]
 
     def save_comparison(
@@ -222,7 +224,7 @@ class Classification:
                 best = shares_in_words(shares[i], self.class_names, 1)
                 lines.append(f"{run}: {best}")
             titles.append("\n".join(lines))
-        plots.save_titled(path, batch["image"], titles)
+        plots.save_images({"image": batch["image"]}, path, captions=titles)
 
     def _logits(
         self, networks: Networks, images: UInt8[Array, "batch height width channels"]

@@ -67,8 +67,8 @@ def rg_cifar10_resnet34() -> ClassificationConfig:
     python -m train classification --recipe rg_cifar10_resnet34 --momentum 0.5
 
     The paper also has --model mobilenet_v2_cifar and densenet121_cifar; the baseline
-    has --techniques ''. A learning rate of 0.1 lies in the range where Figure 6 shows a gain. Not
-    measured yet.
+    has --techniques ''. A learning rate of 0.1 lies in the range where Figure 6 shows a
+    gain. Not measured yet.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
@@ -144,8 +144,8 @@ def gc_cifar100_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_cifar100_resnet50 --seeds 10
 
-    Published: 79.14 +- 0.33 %, against 78.23 +- 0.42 without (--techniques ''), 10 runs.
-    Table 1 has --model resnet18_cifar, resnet101_cifar, resnext29_4x64d,
+    Published: 79.14 +- 0.33 %, against 78.23 +- 0.42 without (--techniques ''), over 10
+    runs. Table 1 has --model resnet18_cifar, resnet101_cifar, resnext29_4x64d,
     vgg11_bn_cifar and densenet121_cifar. Not measured yet.
     """
     return ClassificationConfig(
@@ -187,9 +187,9 @@ def gc_aircraft_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_aircraft_resnet50 --weights FILE
 
-    Published: 87.77 +- 0.27 %, against 86.62 +- 0.31 without (--techniques ''). Also with
-    --dataset cars196, stanford_dogs and caltech_birds2011. Photos are scaled to 512 and
-    cropped to 448. Not measured yet.
+    Published: 87.77 +- 0.27 %, against 86.62 +- 0.31 without (--techniques ''). The
+    paper also has --dataset cars196, stanford_dogs and caltech_birds2011. Photos are
+    scaled to 512 and cropped to 448. Not measured yet.
     """
     return ClassificationConfig(
         data=DataConfig(
@@ -239,8 +239,8 @@ def pugd_cifar10_upanet16() -> ClassificationConfig:
 
     python -m train classification --recipe pugd_cifar10_upanet16
 
-    These are the settings of the authors' code; we chose 200 epochs. Also with --model upanet64 and
-    --dataset cifar100. Not measured yet.
+    These are the settings of the authors' code; we chose 200 epochs. The paper also has
+    --model upanet64 and --dataset cifar100. Not measured yet.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),

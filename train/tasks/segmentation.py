@@ -24,7 +24,7 @@ from train.data.config import DataConfig
 from train.errors import UsageError
 from train.metrics import confusion_matrix, intersection_over_union
 from train.optim.config import OptimizerConfig
-from train.settings import Choice, settings
+from train.settings import AnyPath, Choice, settings
 from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
 # All networks here take heights and widths that are multiples of it.
@@ -61,7 +61,7 @@ class SegmentationConfig(TrainingConfig):
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of pixels in the loss; balanced is the median frequency of the classes
     over the frequency of theirs."""
-    backbone_weights: Path | None = None
+    backbone_weights: AnyPath | None = None
     """Safetensors of a classifier, for the ResNet inside PSPNet and DUC-HDC."""
 
 
@@ -260,14 +260,8 @@ class Segmentation:
     ) -> None:
         """Draws photo, truth and the prediction of each run side by side."""
         masks = {"truth": batch["mask"], **predictions}
-        colors, ignore_label = self.colors, self.ignore_label
-        columns: list[tuple[str, Sequence[np.ndarray]]] = [("photo", batch["image"])]
-        for title, found in masks.items():
-            painted = [plots.painted(mask, colors, ignore_label) for mask in found]
-            columns.append((title, painted))
-        drawn = [mask for found in masks.values() for mask in found]
-        legend = plots.class_legend(drawn, self.class_names, colors, ignore_label)
-        plots.save_comparison(path, columns, legend)
+        drawn = {name: list(found) for name, found in masks.items()}
+        self._save_masks(path, list(batch["image"]), drawn)
 
     def save_predictions(
         self,
@@ -287,17 +281,25 @@ class Segmentation:
             image = image.resize(photo.shape[1::-1], Image.Resampling.NEAREST)
             image.save(folder / f"{name}-classes.png")
             mask = np.asarray(image)
-            painted = plots.painted(mask, self.colors, self.ignore_label)
-            plots.save_comparison(
-                folder / f"{name}.png",
-                [("photo", [photo]), ("prediction", [painted])],
-                plots.class_legend(
-                    [mask], self.class_names, self.colors, self.ignore_label
-                ),
-            )
+            self._save_masks(folder / f"{name}.png", [photo], {"prediction": [mask]})
             shares = np.bincount(mask.ravel(), minlength=len(self.class_names))
             lines.append(shares_in_words(shares / mask.size, self.class_names))
         return lines
+
+    def _save_masks(
+        self,
+        path: Path,
+        photos: Sequence[np.ndarray],
+        masks: Mapping[str, Sequence[np.ndarray]],
+    ) -> None:
+        plots.save_masks(
+            photos,
+            masks,
+            path,
+            class_names=self.class_names,
+            colors=self.colors,
+            ignore_label=self.ignore_label,
+        )
 
     def _logits(
         self, networks: Networks, images: UInt8[Array, "batch height width channels"]
@@ -351,8 +353,8 @@ def _pixel_counts(dataset: Dataset, ignore_label: int) -> dict[str, np.ndarray]:
         if undeclared.size:
             values = ", ".join(str(v + dataset.num_classes) for v in undeclared)
             raise UsageError(
-                f"masks of {dataset.name} ({split}) have the values {values}, but there "
-                f"are {dataset.num_classes} classes and the ignored label "
+                f"masks of {dataset.name} ({split}) have the values {values}, but "
+                f"there are {dataset.num_classes} classes and the ignored label "
                 f"{ignore_label}: prepare the dataset again with all its classes"
             )
         found[split] = counts[: dataset.num_classes]

@@ -112,14 +112,16 @@ class Translation:
     def create_networks(self, rngs: nnx.Rngs) -> Networks:
         """Makes the "discriminator" and then the "generator"."""
         config = self.config
-        shared = {"rngs": rngs, "norm": config.norm, "dtype": config.dtype}
+        shared = {"norm": config.norm, "dtype": config.dtype}
         discriminator = models.create(
             config.discriminator,
+            rngs=rngs,
             in_channels=self.in_channels + self.out_channels,
             **shared,
         )
         generator = models.create(
             config.generator,
+            rngs=rngs,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             dropout_at_test=config.dropout_at_test,
@@ -213,9 +215,10 @@ class Translation:
         predictions: Mapping[str, np.ndarray],
     ) -> None:
         """Draws input, the output of each run, and truth side by side."""
-        pair = jax.device_get(self._cropped({k: batch[k] for k in ("input", "target")}))
+        stored = {name: jnp.asarray(batch[name]) for name in ("input", "target")}
+        pair = jax.device_get(self._cropped(stored))
         images = {"input": pair["input"], **predictions, "truth": pair["target"]}
-        plots.save_comparison(path, list(images.items()))
+        plots.save_images(images, path)
 
     def save_predictions(
         self,

@@ -521,7 +521,11 @@ def test_the_ignored_label_may_be_another(tmp_path, prepare):
         ("image_folder", {"test_fraction": 0.0}, "between 0 and 1, got 0.0"),
         ("image_folder", {"test_fraction": 1.0}, "between 0 and 1, got 1.0"),
         ("paired_images", {"test_fraction": -1.0}, "between 0 and 1, got -1.0"),
-        ("segmentation_folder", {"ignore_label": 2}, "number of classes, 3, .*got 2"),
+        (
+            "segmentation_folder",
+            {"ignore_label": 2},
+            "from 3, the number of classes, .*got 2",
+        ),
         ("segmentation_folder", {"ignore_label": 256}, "to 255, got 256"),
         ("segmentation_folder", {"classes": ["a", "b", "a"]}, "got a, b, a"),
         ("segmentation_folder", {"classes": ["a", ""]}, "different names"),

@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from train import data
+from train.data.dataset import describe, from_description
 from train.data.preparation import catalogue
-from train.data.preparation.prepared import _CITYSCAPES
 from train.errors import UsageError
 
 
@@ -110,6 +110,38 @@ def test_a_download_that_fails_is_explained(tmp_path, monkeypatch, urls):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
+def test_classes_are_counted(digits):
+    for name in ("train", "test"):
+        labels = digits.split(name).arrays()["label"]
+        found = digits.class_counts[name]
+        assert (found.shape, found.dtype) == ((10,), np.int64)
+        np.testing.assert_array_equal(found, np.bincount(labels, minlength=10))
+    scenes = data.load("digit_scenes")
+    for name in ("train", "test"):
+        masks = scenes.split(name).arrays()["mask"]
+        found = scenes.class_counts[name]
+        assert (found.shape, found.dtype) == ((256,), np.int64)
+        np.testing.assert_array_equal(found, np.bincount(masks.ravel(), minlength=256))
+    assert data.load("digit_scenes", task="translation").class_counts == {}
+
+
+def test_counts_are_of_the_splits_as_prepared(digits):
+    held = digits.hold_out()
+    assert held.class_counts is digits.class_counts
+    assert from_description(describe(digits)).class_counts == {}
+
+
+def test_a_description_tells_all_but_the_examples():
+    scenes = data.load("digit_scenes", size=(16, 24))
+    described = json.loads(json.dumps(describe(scenes)))
+    found = from_description(described)
+    for name in ("name", "task", "class_names", "ignore_label", "mean", "std"):
+        assert getattr(found, name) == getattr(scenes, name)
+    np.testing.assert_array_equal(found.colors, scenes.colors)
+    assert found.split("train").reader == scenes.split("train").reader
+    assert len(found.split("train")) == 0
+
+
 def test_what_a_dataset_does_not_have(digits):
     with pytest.raises(UsageError, match="no split 'val'; it has train, test"):
         digits.split("val")
@@ -188,6 +220,32 @@ def test_a_dataset_of_the_catalogue_is_read(tmp_path):
     assert data.prepared(tmp_path) == ["cifar10"]
 
 
+# Name and trainId of each id that is trained on, from the table `labels` in
+# cityscapesscripts/helpers/labels.py of https://github.com/mcordts/cityscapesScripts,
+# which the authors of the dataset published.
+CITYSCAPES_TRAIN_IDS = {
+    7: ("road", 0),
+    8: ("sidewalk", 1),
+    11: ("building", 2),
+    12: ("wall", 3),
+    13: ("fence", 4),
+    17: ("pole", 5),
+    19: ("traffic light", 6),
+    20: ("traffic sign", 7),
+    21: ("vegetation", 8),
+    22: ("terrain", 9),
+    23: ("sky", 10),
+    24: ("person", 11),
+    25: ("rider", 12),
+    26: ("car", 13),
+    27: ("truck", 14),
+    28: ("bus", 15),
+    31: ("train", 16),
+    32: ("motorcycle", 17),
+    33: ("bicycle", 18),
+}
+
+
 def test_cityscapes_has_its_nineteen_classes(tmp_path):
     values = np.arange(34, dtype=np.uint8).reshape(2, 17)
     example = {
@@ -203,10 +261,12 @@ def test_cityscapes_has_its_nineteen_classes(tmp_path):
     cityscapes = data.load(name, data_dir=tmp_path)
     assert (cityscapes.num_classes, cityscapes.ignore_label) == (19, 255)
     mask = cityscapes.split("train").read([0])["mask"][0]
-    kept = {int(v): int(m) for v, m in zip(values.ravel(), mask.ravel()) if m != 255}  # noqa: B905
-    assert list(kept) == list(_CITYSCAPES)
-    assert list(kept.values()) == list(range(19))
-    assert cityscapes.class_names[kept[26]] == "car"
+    found = dict(zip(values.ravel().tolist(), mask.ravel().tolist(), strict=True))
+    for value in range(34):
+        _, train_id = CITYSCAPES_TRAIN_IDS.get(value, (None, 255))
+        assert found[value] == train_id
+    names = {train_id: name for name, train_id in CITYSCAPES_TRAIN_IDS.values()}
+    assert dict(enumerate(cityscapes.class_names)) == names
 
 
 def test_what_only_tensorflow_reads_is_refused(tmp_path):
@@ -264,6 +324,8 @@ def test_unlabelled_images_are_in_no_class(tmp_path):
     found = data.open_prepared("cars196", data_dir=tmp_path).statistics()["train"]
     assert found.counts["label"] == [0, 0, 2]
     assert found.num_examples == 3
+    counts = data.load("cars196", data_dir=tmp_path).class_counts["train"]
+    assert counts.tolist() == [0, 0, 2]
     assert list(data.load("cars196", data_dir=tmp_path).splits) == ["train"]
 
 

@@ -72,7 +72,7 @@ def test_show_draws_what_a_task_needs(monkeypatch, capsys, tmp_path):
         (("prepare", "flowers"), "unknown dataset 'flowers'; known: digits"),
         (
             ("prepare", "image_folder/x", "--source", ".", "--test-fraction", "1"),
-            "test fraction must lie between 0 and 1, got 1.0",
+            "test_fraction must be between 0 and 1, got 1.0",
         ),
         (
             ("prepare", "segmentation_folder/x", "--source", "."),

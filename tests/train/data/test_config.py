@@ -1,16 +1,20 @@
-"""What a run says of its data becomes augmentations."""
+"""DataConfig checks its settings, and makes splits and augmentations of them."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
+from PIL import Image
 
 from train import data
 from train.data import augment
 from train.data.config import AUGMENTATIONS, DataConfig
 from train.errors import UsageError
+from train.settings import from_json
 
 NORMALIZE = augment.normalize((0.5,) * 3, (0.25,) * 3)
 
@@ -80,9 +84,76 @@ def test_a_crop_larger_than_the_images_is_refused(crop, scenes):
         DataConfig(dataset="digit_scenes", crop=crop).training_size(scenes)
 
 
-def test_direction_of_pairs():
-    found = [
-        DataConfig(dataset="digit_scenes", direction=direction).direction
-        for direction in ("AtoB", "BtoA")
-    ]
-    assert found == ["AtoB", "BtoA"]
+@pytest.mark.parametrize(
+    ("direction", "expected"), [("AtoB", (0, 255)), ("BtoA", (255, 0))]
+)
+def test_direction_of_pairs(tmp_path, direction, expected):
+    for split in ("train", "test"):
+        (tmp_path / "source" / split).mkdir(parents=True)
+        pair = np.repeat(np.uint8([[0, 0, 255, 255]]), 2, axis=0)  # A is black
+        Image.fromarray(pair).convert("RGB").save(tmp_path / "source" / split / "0.png")
+    name, data_dir = "paired_images/x", tmp_path / "data"
+    data.prepare(name, source=tmp_path / "source", data_dir=data_dir)
+    config = DataConfig(dataset=name, direction=direction, data_dir=data_dir)
+    batch = config.load("translation").split("train").read([0])
+    assert (batch["input"].max(), batch["target"].max()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"augment": ("pad_crop", "mirror")},
+            r"unknown augmentation 'mirror'; known: pad_crop \(.*\); random_flip \(",
+        ),
+        ({"image_size": (0, 5)}, r"image_size\.0 must be greater than 0, got 0"),
+        ({"image_size": 224}, "image_size must be a valid tuple, got 224"),
+        ({"crop": (224,)}, "crop"),
+        ({"crop": (224, 1.5)}, r"crop\.1 must be a valid integer.*, got 1\.5"),
+        ({"num_workers": -1}, "num_workers must be greater than or equal to 0, got -1"),
+        ({"loader": "stream"}, "loader must be 'auto', 'memory' or 'grain', got 'stre"),
+        ({"eval_split": "val"}, "eval_split must be 'test' or 'validation', got 'val'"),
+        ({"direction": "BtoC"}, "direction must be 'AtoB' or 'BtoA', got 'BtoC'"),
+        ({"workers": 3}, "there is no setting 'workers'"),
+    ],
+)
+def test_settings_are_checked_where_the_config_is_made(options, message):
+    with pytest.raises(UsageError, match=message):
+        DataConfig(**options)
+    if "workers" not in options:
+        with pytest.raises(UsageError, match=message):
+            dataclasses.replace(DataConfig(), **options)
+
+
+def test_a_config_is_read_from_the_command_line_and_from_json():
+    arguments = ("--image-size", "360x480", "--crop", "224", "--num-workers", "0")
+    arguments += ("--augment", "random_flip, cutout", "--eval-split", "validation")
+    config = tyro.cli(DataConfig, args=(*arguments, "--loader", "grain"))
+    assert config == DataConfig(
+        image_size=(360, 480),
+        crop=(224, 224),
+        num_workers=0,
+        augment=("random_flip", "cutout"),
+        eval_split="validation",
+        loader="grain",
+    )
+    content = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert from_json(DataConfig, content) == config
+
+
+@pytest.mark.parametrize("size", ["0", "x5", "224x", "224x0x1", "-3", "large"])
+def test_a_size_that_is_none_is_refused(size, capsys):
+    if size == "224x":  # as 224
+        assert tyro.cli(DataConfig, args=("--crop", size)).crop == (224, 224)
+        return
+    with pytest.raises(SystemExit):
+        tyro.cli(DataConfig, args=("--crop", size))
+    assert "write 224, or 360x480" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["color_jitter", "cutout"])
+def test_the_looks_of_pairs_are_not_changed(name):
+    config = DataConfig(dataset="digit_scenes", augment=(name,))
+    scenes = data.load("digit_scenes", task="translation")
+    with pytest.raises(UsageError, match=rf"{name} changes .* leave it out of augment"):
+        config.augmentation(scenes, NORMALIZE)

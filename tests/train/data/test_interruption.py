@@ -1,14 +1,15 @@
-"""Killed at any moment, run twice at once, on a full disk: whole, or not there."""
+"""Killed at any point, run twice at once, on a full disk: complete, or not there."""
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import multiprocessing
-import random
+import os
 import shutil
 import signal
-import time
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from train.progress import Reporter
 
 NAME = "image_folder/noise"
 SIZE = (200, 200)  # not the images' own, so that decoding takes its time
-KILLS = 30
+REPORTS_BETWEEN_POINTS = 40
+LEAST_POINTS = 3
 
 # Its processes start at once, with everything imported.
 processes = multiprocessing.get_context("forkserver")
@@ -33,7 +35,7 @@ processes = multiprocessing.get_context("forkserver")
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
     processes.set_forkserver_preload(["train.data"])
-    timed(partial(time.sleep, 0))
+    run(int)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,12 @@ def preparing(source, data_dir):
     return partial(data.prepare, NAME, source=source, data_dir=data_dir)
 
 
-def loading(data_dir):
-    return partial(data.load, NAME, size=SIZE, data_dir=data_dir)
+def loading(data_dir, **options):
+    return partial(data.load, NAME, size=SIZE, data_dir=data_dir, **options)
+
+
+# Of the training split alone, as `undisturbed` has it.
+CACHE = {"cache": [("train", SIZE)]}
 
 
 @pytest.fixture(scope="module")
@@ -111,51 +117,76 @@ def assert_nothing_is_left_over(data_dir):
     assert not [n for n in names if "incomplete" in n or n.endswith(".part")]
 
 
-def timed(work):
-    """Seconds that work takes in a process of its own."""
+def run(work):
+    """Does work in a process of its own."""
     process = processes.Process(target=work)
-    start = time.monotonic()
     process.start()
     process.join()
     assert process.exitcode == 0
-    return time.monotonic() - start
 
 
-def killed(work, seconds):
+# What changes files or folders, by its name among Python's audit events.
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def _work_until(work, data_dir, point):
+    """Works until the given point, where the process kills itself.
+
+    Points are the changes of files and folders below a folder, files opened for
+    writing, and some of the reports of progress.
+    """
+    points, reports = itertools.count(1), itertools.count()
+    advance = Reporter.advance
+
+    def meet_point():
+        if next(points) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event, arguments):
+        opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or opened) and data_dir in str(arguments[0]):
+            meet_point()
+
+    def counting_advance(reporter, steps=1):
+        if next(reports) % REPORTS_BETWEEN_POINTS == 0:
+            meet_point()
+        advance(reporter, steps)
+
+    Reporter.advance = counting_advance
+    sys.addaudithook(watch)
+    work()
+
+
+def killed(work, data_dir, point):
     """Whether work in a process of its own is killed before its end."""
-    process = processes.Process(target=work)
+    arguments = (work, str(data_dir), point)
+    process = processes.Process(target=_work_until, args=arguments)
     process.start()
-    time.sleep(seconds)
-    process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
 
-def kill_at_all_stages(work, duration, check):
-    """Kills work at random moments of all its duration, each time where it was left.
+def kill_at_every_point(work, data_dir, check):
+    """Kills work at each of its points, and lets it end at last.
+
+    Each time it goes on with what the last one left.
 
     Args:
       work: what a process of its own does.
-      duration: of it undisturbed, in seconds.
+      data_dir: the folder of datasets that it changes.
       check: called after each kill.
     """
-    rng = random.Random(0)
-    kills = 0
-    while kills < KILLS:
-        if killed(work, duration * (kills + rng.random()) / KILLS):
-            kills += 1
-        else:
-            duration *= 0.9  # it is faster now than when it was measured
-            assert duration > 0.01
+    point = 1
+    while killed(work, data_dir, point):
         check()
+        point += 1
+    assert point > LEAST_POINTS
 
 
 @pytest.mark.slow
-def test_preparing_is_killed(source, undisturbed, place, tmp_path):
-    duration = timed(preparing(source, tmp_path / "measured"))
+def test_preparing_is_killed(source, undisturbed, place):
     expected = content(undisturbed)
-    assert content(tmp_path / "measured") == expected
     found = []
 
     def check():
@@ -163,21 +194,18 @@ def test_preparing_is_killed(source, undisturbed, place, tmp_path):
         if found[-1] is not None:
             shutil.rmtree(data.folder_of(NAME, place))
 
-    kill_at_all_stages(preparing(source, place), duration, check)
+    kill_at_every_point(preparing(source, place), place, check)
     assert None in found
     assert set(found) <= {None, expected}
-    timed(preparing(source, place))
     assert content(place) == expected
     assert_nothing_is_left_over(place)
 
 
 @pytest.mark.slow
-def test_building_the_cache_is_killed(undisturbed, copied, tmp_path):
+def test_building_the_cache_is_killed(undisturbed, copied):
     expected = cached(undisturbed)
     assert len(expected) == 2
     work = loading(copied)().split("train").arrays
-    duration = timed(work)
-    shutil.rmtree(data.folder_of(NAME, copied) / "cache")
     lacking = 0
 
     def check():
@@ -188,7 +216,7 @@ def test_building_the_cache_is_killed(undisturbed, copied, tmp_path):
         if len(found) == 2:
             shutil.rmtree(data.folder_of(NAME, copied) / "cache")
 
-    kill_at_all_stages(work, duration, check)
+    kill_at_every_point(work, copied, check)
     assert lacking > 0
     arrays = work()
     assert arrays["image"].shape == (250, *SIZE, 3)
@@ -200,19 +228,37 @@ def test_building_the_cache_is_killed(undisturbed, copied, tmp_path):
 def test_measuring_is_killed(undisturbed, copied):
     expected = statistics(undisturbed)
     file = data.folder_of(NAME, copied) / "statistics.json"
-    duration = timed(loading(copied))
-    file.unlink()
     found = []
 
     def check():
         found.append(statistics(copied))
         file.unlink(missing_ok=True)
 
-    kill_at_all_stages(loading(copied), duration, check)
+    kill_at_every_point(loading(copied), copied, check)
     assert None in found
     assert all(one in (None, expected) for one in found)
-    loading(copied)()
     assert statistics(copied) == expected
+    assert_nothing_is_left_over(copied)
+
+
+@pytest.mark.slow
+def test_measuring_and_building_the_cache_at_once_is_killed(undisturbed, copied):
+    files, measured = cached(undisturbed), statistics(undisturbed)
+    work = loading(copied, **CACHE)
+    folder = data.folder_of(NAME, copied)
+    found = []
+
+    def check():
+        found.append(statistics(copied))
+        assert cached(copied).items() <= files.items()
+        # The next one is to have all the work before it again.
+        for path in (*folder.glob("cache/*.npy"), folder / "statistics.json"):
+            path.unlink(missing_ok=True)
+
+    kill_at_every_point(work, copied, check)
+    assert None in found
+    assert all(one in (None, measured) for one in found)
+    assert (cached(copied), statistics(copied)) == (files, measured)
     assert_nothing_is_left_over(copied)
 
 
@@ -248,6 +294,17 @@ def test_the_last_moment_before_a_cache_is_there(undisturbed, copied):
     assert_nothing_is_left_over(copied)
 
 
+def test_the_last_moment_before_statistics_and_cache_are_there(undisturbed, copied):
+    work = loading(copied, **CACHE)
+    with ending_before_files_are_renamed():
+        work()
+    assert (cached(copied), statistics(copied)) == ({}, None)
+    work()
+    assert cached(copied) == cached(undisturbed)
+    assert statistics(copied) == statistics(undisturbed)
+    assert_nothing_is_left_over(copied)
+
+
 def at_once(work):
     """Does the same in three processes."""
     started = [processes.Process(target=work) for _ in range(3)]
@@ -270,6 +327,14 @@ def test_several_measure_and_build_a_cache_at_once(undisturbed, copied):
     assert at_once(loading(copied)) == {0}
     assert statistics(copied) == statistics(undisturbed)
     assert at_once(loading(copied)().split("train").arrays) == {0}
+    assert cached(copied) == cached(undisturbed)
+    assert_nothing_is_left_over(copied)
+
+
+@pytest.mark.slow
+def test_several_measure_and_build_a_cache_in_one_pass_at_once(undisturbed, copied):
+    assert at_once(loading(copied, **CACHE)) == {0}
+    assert statistics(copied) == statistics(undisturbed)
     assert cached(copied) == cached(undisturbed)
     assert_nothing_is_left_over(copied)
 
@@ -330,6 +395,26 @@ def test_a_disk_is_full_while_building_a_cache(undisturbed, copied):
     split.arrays()
     assert cached(copied) == cached(undisturbed)
     assert_nothing_is_left_over(copied)
+
+
+def test_a_disk_is_full_while_measuring_and_building_a_cache(undisturbed, copied):
+    """Statistics are measured all the same; what the cache lacks, `arrays` tells."""
+    work = loading(copied, **CACHE)
+    with disk_of(10_000_000):
+        dataset = work()
+        assert cached(copied) == {}
+        assert_nothing_is_left_over(copied)
+        with pytest.raises(UsageError, match="cannot write decoded images"):
+            dataset.split("train").arrays()
+    assert statistics(copied) == statistics(undisturbed)
+    dataset.split("train").arrays()
+    assert cached(copied) == cached(undisturbed)
+
+
+def test_no_cache_can_be_made_while_measuring(undisturbed, copied):
+    (data.folder_of(NAME, copied) / "cache").touch()
+    loading(copied, **CACHE)()
+    assert statistics(copied) == statistics(undisturbed)
 
 
 def test_a_cache_that_cannot_be_made_is_explained(copied):

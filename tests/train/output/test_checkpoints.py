@@ -1,5 +1,8 @@
+"""Checkpoints are whole or absent, restored bit for bit, and checked when read."""
+
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from tests.shared import disk_of
 from train.output.checkpoints import CheckpointError, Checkpoints
 
-KILLS = 10
 FLIPS = 3  # in each file
 
 # Its processes start at once, with everything imported.
@@ -34,14 +35,14 @@ class State(NamedTuple):
     params: Any
     model_state: Any
     opt_state: Any
-    average: Any
+    ema: Any
     step: jax.Array
     key: jax.Array
     log: Any
 
 
 def state_of(step, width=3):
-    """Two runs with all that a state may hold, other numbers at each step."""
+    """Returns trees with all that a state may hold, and other numbers at each step."""
     key = jax.random.fold_in(jax.random.key(0), step)
     kernel = jax.random.normal(key, (8, width))
     params = {
@@ -53,13 +54,13 @@ def state_of(step, width=3):
         params=params,
         model_state={"count": jnp.arange(step, step + 5), "seen": jnp.array([True])},
         opt_state=tx.init(params),
-        average=None,
+        ema=None,
         step=jnp.int32(step),
         key=key,
         log={"loss": jnp.float32(step) / 3, "ratio": jnp.float32(jnp.nan)},
     )
     keys = jax.random.split(key, 3)
-    return first, first._replace(opt_state=(), average=params, key=keys, log={})
+    return first, first._replace(opt_state=(), ema=params, key=keys, log={})
 
 
 def abstract(state, sharding_of=lambda leaf: leaf.sharding):
@@ -101,7 +102,7 @@ def assert_restores(folder, step, *, warn=pytest.fail, width=3):
     assert_same(state, state_of(step, width))
 
 
-def test_there_is_nothing_to_restore(tmp_path):
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     assert restore(tmp_path / "new" / "folder") is None
 
 
@@ -158,7 +159,10 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, change, capfd):
     save(tmp_path, 1, 2)
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match=r"2 is not of this program: .* there and"),
+        pytest.raises(
+            CheckpointError,
+            match=r"2 is from another program: .* there and .* here: choose another",
+        ),
     ):
         checkpoints.restore(change(state_of(0)), warn=pytest.fail)
     assert capfd.readouterr() == ("", "")
@@ -169,7 +173,7 @@ def files_of(folder):
 
 
 def damages(path):
-    """The bytes of a file damaged in many ways; None is a removed file."""
+    """Yields the bytes of a file damaged in many ways; None is a removed file."""
     whole = path.read_bytes()
     rng = random.Random(str(path.name))
     for _ in range(FLIPS):
@@ -180,7 +184,7 @@ def damages(path):
 
 
 def test_any_damage_to_any_file_is_seen(tmp_path, capfd):
-    """Or does no harm: some files of Orbax say nothing."""
+    """Or does no harm: some files of Orbax hold nothing that matters."""
     save(tmp_path, 1, 2)
     seen = {}
     with Checkpoints(tmp_path) as checkpoints:
@@ -206,7 +210,7 @@ def flip_in_parameters(folder):
     path.write_bytes(damaged)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_replaced(tmp_path):
     save(tmp_path, 1, 2)
     flip_in_parameters(tmp_path / "2")
     lines = []
@@ -304,7 +308,7 @@ def test_a_folder_is_gone(tmp_path):
             checkpoints.save(2, state_of(2))
 
 
-def test_what_jax_says_of_other_processes_is_not_of_the_disk(tmp_path, monkeypatch):
+def test_an_error_of_another_process_is_not_one_of_the_disk(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state_of(1))
 
@@ -323,7 +327,7 @@ def one_device(leaf):
 
 
 def sharded(leaf):
-    """Over eight devices along an axis that they divide."""
+    """Shards over eight devices along an axis that they divide."""
     mesh = Mesh(np.array(jax.devices()), "data")
     spec = P("data") if leaf.ndim and leaf.shape[0] % 8 == 0 else P()
     return NamedSharding(mesh, spec)
@@ -344,36 +348,54 @@ def test_a_state_is_restored_to_the_shardings_asked_for(tmp_path, before, after)
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-def save_without_end(folder):
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def save_until_killed(folder, count):
+    """Saves, and kills its own process before the change `count` of the folder."""
+    changes = itertools.count(1)
+
+    def kill(event, arguments):
+        if event == "open":
+            path, _, flags = arguments
+            paths = (path,) if flags & WRITES else ()
+        else:
+            paths = arguments[:2] if event in CHANGES else ()
+        is_change = any(str(path).startswith(str(folder)) for path in paths)
+        if is_change and next(changes) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(state_of(0, width=2000), warn=pytest.fail)
-        step = found[0] if found else 0
-        while True:
-            step += 1
-            checkpoints.save(step, state_of(step, width=2000))
+        sys.addaudithook(kill)
+        checkpoints.save(3, state_of(3))
 
 
 @pytest.mark.slow
-def test_saving_is_killed(tmp_path):
-    rng = random.Random(0)
+def test_a_process_killed_at_any_change_leaves_whole_checkpoints(tmp_path):
+    save(tmp_path / "before", 1, 2)
     steps, left_over = [], 0
-    for _ in range(KILLS):
-        first = max(steps, default=0) + 1
-        process = processes.Process(target=save_without_end, args=(tmp_path,))
+    for count in itertools.count(1):
+        folder = tmp_path / str(count)
+        shutil.copytree(tmp_path / "before", folder)
+        process = processes.Process(target=save_until_killed, args=(folder, count))
         process.start()
-        while not (tmp_path / str(first)).exists():
-            assert process.is_alive()
-            time.sleep(0.01)
-        time.sleep(rng.random())
-        process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-        left_over += any("tmp" in path.name for path in tmp_path.iterdir())
-        step, state = restore(tmp_path, width=2000)
-        assert_same(state, state_of(step, width=2000))
+        left_over += any("tmp" in path.name for path in folder.iterdir())
+        step, state = restore(folder)
+        assert_same(state, state_of(step))
         steps.append(step)
+        save(folder, step + 1)
+        assert_restores(folder, step + 1)
+        assert {path.name for path in folder.iterdir()} == {str(step), str(step + 1)}
+        if process.exitcode == 0:  # it ended before so many changes
+            break
+        assert process.exitcode == -signal.SIGKILL
+    # The new checkpoint is there from one change on.
+    assert steps == sorted(steps)
+    assert set(steps) == {2, 3}
+    assert count > 10
     assert left_over > 0
-    assert steps == sorted(set(steps))
 
 
 # Each of two processes runs it, with two devices of its own.
@@ -424,7 +446,7 @@ with Checkpoints(pathlib.Path(folder)) as checkpoints:
 
 
 def run_two_processes(folder, *steps):
-    """The lines that each prints."""
+    """Returns the lines that each prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -454,7 +476,7 @@ def test_two_processes_save_and_restore(tmp_path):
     for warning, restored, steps in run_two_processes(tmp_path):
         assert f"checkpoint {tmp_path / '3'} is damaged" in warning
         assert (restored, steps) == ("restored 2", "[2, 3]")
-    # And by one process.
+    # One process reads it as well.
     whole = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
     like = {
         "sharded": jnp.zeros((8, 3)),

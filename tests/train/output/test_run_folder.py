@@ -1,10 +1,15 @@
+"""The folder of a run: who may use it, and what is written to it."""
+
 import json
 
 import pytest
 
 from train.output.run_folder import RunFolderError, open_run_folder
 
-CONFIG = {"epochs": 3, "optimizer": {"tricks": ("scale_by_random",), "momentum": 0.9}}
+CONFIG = {
+    "epochs": 3,
+    "optimizer": {"techniques": ("scale_by_random",), "momentum": 0.9},
+}
 
 
 def open_folder(path, config=CONFIG, *, resume=True):
@@ -20,7 +25,7 @@ def test_a_new_folder_is_named_by_time(tmp_path, monkeypatch):
         assert first.path.name.startswith("run-")
     content = json.loads((first.path / "config.json").read_text())
     assert content["config"]["optimizer"] == {
-        "tricks": ["scale_by_random"],
+        "techniques": ["scale_by_random"],
         "momentum": 0.9,
     }
     assert {"jax", "device", "commit"} <= content["environment"].keys()
@@ -38,7 +43,7 @@ def test_records_survive_a_half_written_line(tmp_path):
         assert folder.read("absent.jsonl") == []
 
 
-def test_the_same_config_may_go_on_where_asked(tmp_path):
+def test_a_run_of_the_same_config_is_continued_only_if_asked(tmp_path):
     with open_folder(tmp_path) as folder:
         folder.start()
     with open_folder(tmp_path):
@@ -53,8 +58,8 @@ def test_the_same_config_may_go_on_where_asked(tmp_path):
 def test_another_config_is_refused_with_the_difference(tmp_path):
     with open_folder(tmp_path) as folder:
         folder.start()
-    other = {"epochs": 3, "optimizer": {"tricks": (), "momentum": 0.9}}
-    message = r"optimizer.tricks: \['random'\] there, \[\] here"
+    other = {"epochs": 3, "optimizer": {"techniques": (), "momentum": 0.9}}
+    message = r"optimizer.techniques: \['scale_by_random'\] there, \[\] here"
     with pytest.raises(RunFolderError, match=message), open_folder(tmp_path, other):
         pass
 
@@ -98,7 +103,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 def test_a_run_that_never_started_leaves_the_folder_free(tmp_path):
     with open_folder(tmp_path):
-        pass  # a config that cannot be built, say
+        pass  # such as with a config that does not fit the data
     with open_folder(tmp_path, {"epochs": 4}) as folder:
         folder.start()
 

@@ -8,11 +8,8 @@ import models
 from train.data import augment
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.tasks.classification import (
-    Classification,
-    ClassificationConfig,
-    open_task,
-)
+from train.tasks import open_task
+from train.tasks.classification import Classification, ClassificationConfig
 
 RANDOM = np.random.default_rng(0)
 
@@ -23,7 +20,7 @@ def make_task(classes=7, **config):
         config=ClassificationConfig(**config),
         class_names=tuple(map(str, range(classes))),
         image_shape=(8, 8, 1),
-        augment=augment.chain(augment.mirror(), normalize),
+        augment=augment.chain(augment.random_flip(), normalize),
         normalize=normalize,
     )
 
@@ -32,7 +29,6 @@ def make_batch(n=12, classes=7):
     return {
         "image": RANDOM.integers(0, 256, (n, 8, 8, 1), np.uint8),
         "label": RANDOM.integers(0, classes, n),
-        "weight": np.ones(n, np.float32),
     }
 
 
@@ -70,10 +66,10 @@ def test_scores_of_a_split_in_batches_with_filling():
     totals = None
     for rows in (range(12), range(12, 24), (*range(24, 30), *[3] * 6)):
         part = {k: v[list(rows)] for k, v in batch.items()}
-        part["weight"] = np.float32([1] * 12)
+        weights = np.ones(12, np.float32)
         if rows[-1] == 3:
-            part["weight"][6:] = 0
-        found = task.evaluate(linear(), part)
+            weights[6:] = 0
+        found = task.evaluate(linear(), part, weights)
         totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
     totals = jax.device_get(totals)
     top = np.argsort(-logits, kind="stable")
@@ -95,7 +91,7 @@ def test_scores_of_a_split_in_batches_with_filling():
 
 def test_up_to_five_classes_have_no_top5():
     task, batch = make_task(5), make_batch(classes=5)
-    totals = jax.device_get(task.evaluate(linear(5), batch))
+    totals = jax.device_get(task.evaluate(linear(5), batch, np.ones(12, np.float32)))
     assert set(task.scores(totals)) == {"loss", "accuracy"}
 
 
@@ -133,7 +129,7 @@ def test_fine_tuning_takes_the_head_only_if_it_fits(classes, tmp_path):
     task = make_task(weights=path)
     networks = task.create_networks(nnx.Rngs(0))
     fresh = networks["model"].fc.kernel.get_value()
-    task.load(networks)
+    task.load_weights(networks)
     model = networks["model"]
     np.testing.assert_array_equal(
         model.conv1.kernel.get_value(), there.conv1.kernel.get_value()
@@ -146,16 +142,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     file_of(path, 7, "resnet20")
     for wrong, message in (
-        (path, "--weights: .* does not fit this ResNet"),
-        (tmp_path / "none.safetensors", "--weights: there is no file"),
+        (path, "^weights: .* does not fit this ResNet"),
+        (tmp_path / "none.safetensors", "^weights: there is no file"),
     ):
         task = make_task(weights=wrong)
         with pytest.raises(UsageError, match=message):
-            task.load(task.create_networks(nnx.Rngs(0)))
+            task.load_weights(task.create_networks(nnx.Rngs(0)))
 
 
 def test_without_weights_nothing_is_loaded():
-    make_task().load({})
+    make_task().load_weights({})
 
 
 def test_the_embedded_digits(tmp_path):
@@ -163,9 +159,9 @@ def test_the_embedded_digits(tmp_path):
     task, dataset = open_task(config)
     assert task.image_shape == (8, 8, 1)
     assert task.optimizer_config("model") is config.optimizer
-    batch = dataset.split("test").read(range(40)) | {"weight": np.ones(40, np.float32)}
+    batch = dataset.split("test").read(range(40))
     networks = nnx.view(task.create_networks(nnx.Rngs(0)), use_running_average=True)
-    totals = jax.device_get(task.evaluate(networks, batch))
+    totals = jax.device_get(task.evaluate(networks, batch, np.ones(40, np.float32)))
     predictions = task.predict(networks, batch["image"])
     assert predictions.shape == (40, 10)
     task.save_figures(tmp_path, totals, batch, predictions)
@@ -185,7 +181,10 @@ def test_cropped_images_are_evaluated_at_the_size_of_the_crop():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "vgg11_bn"}, "cannot take these images: .*at least 32x32.*--image-"),
+        (
+            {"model": "vgg11_bn"},
+            "cannot take these images: .*at least 32x32.*image_size",
+        ),
         ({"data": DataConfig(crop=(9, 8))}, "crop of 9x8 does not fit images of 8x8"),
         ({"data": DataConfig(dataset="digit_scenes")}, "not for classification"),
     ],
@@ -193,8 +192,3 @@ def test_cropped_images_are_evaluated_at_the_size_of_the_crop():
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         open_task(ClassificationConfig(**options))
-
-
-def test_label_smoothing_is_a_share():
-    with pytest.raises(UsageError, match=r"label_smoothing must be .* got 1\.0"):
-        ClassificationConfig(label_smoothing=1.0)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train.data._dataset import Field, Reader, Split
 
 from tests.shared import one_device_mesh
 from train.data import Dataset
+from train.data.dataset import Field, Reader, Split
 from train.data.loaders import InMemoryLoader
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 from train.program import Program
 from train.tasks import TASKS
 
@@ -27,24 +27,24 @@ OPTIONS = {"translation": {"techniques_on": "both"}}
 
 
 @functools.cache
-def state_after_a_step(name, tricks):
-    """All that is no parameter, and the parameters, after one step."""
-    module, kind = TASKS[name]
+def state_after_a_step(name, techniques):
+    """Returns the state of the networks before and after a step, and parameters."""
+    task_type = TASKS[name]
     side = SIDES[name]
     reader = Reader(fields=FIELDS[name], size=(side, side), fit="crop")
     split = Split(name="train", records=(), reader=reader, cache=None, rows=range(0))
     dataset = Dataset(
-        name="scale_by_random",
+        name="random",
         task=name,
         splits={"train": split},
         class_names=("a", "b", "c") if name != "translation" else (),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
     )
-    config = kind(
+    config = task_type.config_type(
         **OPTIONS.get(name, {}),
         batch_size=EXAMPLES,
-        optimizer=OptimizerConfig(techniques=tricks, learning_rate=0.01),
+        optimizer=OptimizerConfig(techniques=techniques, learning_rate=0.01),
     )
     random = np.random.default_rng(0)
     arrays = {
@@ -54,18 +54,18 @@ def state_after_a_step(name, tricks):
         for field, (shape, dtype) in reader.spec.items()
     }
     mesh = one_device_mesh()
-    data = InMemoryLoader(arrays, mesh)
-    task = module.make_task(config, dataset)
-    program = Program(task, config, train=data, test=data, mesh=mesh)
-    state = program.init((0,))
+    loader = InMemoryLoader(arrays, mesh)
+    task = task_type.create(config, dataset)
+    program = Program(task, config, train_loader=loader, eval_loader=loader, mesh=mesh)
+    state = program.init_state(0)
     before = jax.tree.map(jnp.copy, state.model_state)
-    state = program.train(state, next(program.feeds((0,), 0)), 1)
+    state = program.train_step(state, next(program.feeds(0)))
     return before, state.model_state, state.params
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "trick"),
+    ("name", "technique"),
     [
         ("classification", "perturbed_unit_step"),
         ("classification", "barzilai_borwein_step"),
@@ -73,12 +73,12 @@ def state_after_a_step(name, tricks):
         ("translation", "perturbed_unit_step"),
     ],
 )
-def test_statistics_are_those_of_plain_sgd(name, trick):
+def test_statistics_are_those_of_plain_sgd(name, technique):
     before, plain, plain_params = state_after_a_step(name, ())
-    _, tricky, tricky_params = state_after_a_step(name, (trick,))
+    _, other_state, other_params = state_after_a_step(name, (technique,))
     norms = 0
     for (path, leaf), (_, other), (_, old) in zip(
-        *map(jax.tree.leaves_with_path, (plain, tricky, before)), strict=True
+        *map(jax.tree.leaves_with_path, (plain, other_state, before)), strict=True
     ):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
@@ -91,6 +91,6 @@ def test_statistics_are_those_of_plain_sgd(name, trick):
     assert any(
         (np.abs(a - b) > 1e-4).any()
         for a, b in zip(
-            *map(jax.tree.leaves, (plain_params, tricky_params)), strict=True
+            *map(jax.tree.leaves, (plain_params, other_params)), strict=True
         )
     )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +7,12 @@ import pytest
 from flax import nnx
 
 import models
-from train.data import _statistics as statistics_module
 from train.data import augment
 from train.data.config import DataConfig
 from train.errors import UsageError
 from train.plots import class_colors
-from train.tasks import segmentation
-from train.tasks.segmentation import Segmentation, SegmentationConfig, open_task
+from train.tasks import open_task, segmentation
+from train.tasks.segmentation import Segmentation, SegmentationConfig
 
 RANDOM = np.random.default_rng(0)
 NAMES = ("sky", "road", "tree")
@@ -27,7 +28,7 @@ def make_task(class_weights=(1.0, 1.0, 1.0), **config):
         class_weights=class_weights,
         ignore_label=VOID,
         in_channels=3,
-        augment=augment.chain(augment.mirror(), normalize),
+        augment=augment.chain(augment.random_flip(), normalize),
         normalize=normalize,
     )
 
@@ -37,22 +38,37 @@ def make_batch(n=4, size=(16, 16)):
     return {
         "image": RANDOM.integers(0, 256, (n, *size, 3), np.uint8),
         "mask": np.where(mask == 3, VOID, mask).astype(np.uint8),
-        "weight": np.ones(n, np.float32),
     }
 
 
-# A network whose logits are the image.
-IDENTITY = {"model": lambda images: images}
+class Network:
+    """A network without auxiliary logits, from a function."""
 
+    backbone = None
 
-class WithAuxiliary:
-    AUXILIARY_WEIGHT = 0.4
+    def __init__(self, logits):
+        self.logits = logits
 
     def __call__(self, images):
-        return images
+        return self.logits(images)
+
+    def with_auxiliary(self, images):
+        return self(images), None
+
+
+class WithAuxiliary(Network):
+    """Its logits are the image, and the negative image."""
+
+    auxiliary_weight = 0.4
+
+    def __init__(self):
+        super().__init__(lambda images: images)
 
     def with_auxiliary(self, images):
         return images, -images
+
+
+IDENTITY = {"model": Network(lambda images: images)}
 
 
 def losses_of(batch, weights=(1, 1, 1), sign=1):
@@ -120,11 +136,13 @@ def test_a_batch_without_labels_has_no_loss_and_no_nan():
     assert total / count == 0
 
     def scaled(factor):
-        networks = {"model": lambda images: factor * images}
+        networks = {"model": Network(lambda images: factor * images)}
         return loss_of(task, networks, batch)[0]
 
     assert jax.grad(scaled)(1.0) == 0
-    scores = task.scores(jax.device_get(task.evaluate(IDENTITY, batch)))
+    scores = task.scores(
+        jax.device_get(task.evaluate(IDENTITY, batch, np.ones(4, np.float32)))
+    )
     assert scores == {"loss": 0, "mean_iou": 0, "pixel_accuracy": 0}
 
 
@@ -134,8 +152,8 @@ def test_scores_of_a_split_in_batches_with_filling():
     totals = None
     for rows in ([0, 1, 2, 3], [4, 5, 0, 0]):
         part = {k: v[rows] for k, v in batch.items()}
-        part["weight"] = np.float32([1, 1, 1, 1] if rows[-1] else [1, 1, 0, 0])
-        found = task.evaluate(IDENTITY, part)
+        weights = np.float32([1, 1, 1, 1] if rows[-1] else [1, 1, 0, 0])
+        found = task.evaluate(IDENTITY, part, weights)
         totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
     scores = task.scores(jax.device_get(totals))
 
@@ -207,14 +225,14 @@ def test_the_embedded_scenes(tmp_path):
     assert task.optimizer_config("model") is config.optimizer
     assert config.optimizer.schedule == "poly"
 
-    batch = dataset.split("test").read(range(8)) | {"weight": np.ones(8, np.float32)}
+    batch = dataset.split("test").read(range(8))
     prepared = task.prepare(batch, jax.random.key(0))
     assert prepared["image"].shape == (8, 56, 64, 3)
     assert prepared["mask"].shape == (8, 56, 64)
-    assert (prepared["mask"] == task.ignore_label).any()  # beyond small scenes
+    assert (prepared["mask"] == task.ignore_label).any()  # beyond the scene
 
     networks = {"model": lambda images: jnp.zeros((*images.shape[:3], 11))}
-    totals = jax.device_get(task.evaluate(networks, batch))
+    totals = jax.device_get(task.evaluate(networks, batch, np.ones(8, np.float32)))
     assert totals["confusion"].sum() == 8 * 64 * 64
     assert task.scores(totals)["loss"] == pytest.approx(np.log(11), rel=1e-5)
     predictions = np.asarray(task.predict(networks, batch["image"]))
@@ -224,27 +242,20 @@ def test_the_embedded_scenes(tmp_path):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
 
-def test_classes_that_the_head_lacks_are_named(monkeypatch):
-    opened = segmentation.open_prepared
-
-    class Strange:
-        def __init__(self, *args, **options):
-            self.prepared = opened(*args, **options)
-
-        def fields(self, task):
-            return self.prepared.fields(task)
-
-        def statistics(self, progress):
-            counts = {"mask": (5,) * 11 + (0, 7, 0, 2)}
-            measured = self.prepared.statistics(progress)["train"]
-            fields = statistics_module.dataclasses.asdict(measured)
-            return {
-                "train": statistics_module.Statistics(**fields | {"counts": counts})
-            }
-
-    monkeypatch.setattr(segmentation, "open_prepared", Strange)
-    with pytest.raises(UsageError, match=r"\(train\) have the values 12, 14, but"):
-        open_task(SegmentationConfig())
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mask_values_that_are_no_class_are_named(split):
+    config = SegmentationConfig()
+    dataset = config.data.load("segmentation")
+    counts = {name: found.copy() for name, found in dataset.class_counts.items()}
+    counts[split][[12, 14]] = 7, 2
+    counts[split][dataset.split("train").reader.ignore_label] = 5
+    strange = dataclasses.replace(dataset, class_counts=counts)
+    message = (
+        rf"masks of digit_scenes \({split}\) have the values 12, 14, but there are 11"
+    )
+    with pytest.raises(UsageError, match=message):
+        Segmentation.create(config, strange)
+    Segmentation.create(config, dataset)
 
 
 def test_backbone_weights(tmp_path):
@@ -253,19 +264,19 @@ def test_backbone_weights(tmp_path):
     models.save_weights(wrong, path)
     unet = make_task(backbone_weights=path)
     with pytest.raises(UsageError, match="unet_small has no backbone"):
-        unet.load({"model": WithAuxiliary()})
+        unet.load_weights({"model": WithAuxiliary()})
 
-    class Network:
+    class WithBackbone:
         backbone = models.create("resnet8", num_classes=5, rngs=nnx.Rngs(1))
 
-    unet.load({"model": Network})
+    unet.load_weights({"model": WithBackbone})
     np.testing.assert_array_equal(
-        Network.backbone.conv1.kernel.get_value(), wrong.conv1.kernel.get_value()
+        WithBackbone.backbone.conv1.kernel.get_value(), wrong.conv1.kernel.get_value()
     )
     missing = make_task(backbone_weights=tmp_path / "none.safetensors")
-    with pytest.raises(UsageError, match="--backbone-weights: there is no file"):
-        missing.load({"model": Network})
-    make_task().load({})  # nothing to load
+    with pytest.raises(UsageError, match=r"^backbone_weights: there is no file"):
+        missing.load_weights({"model": WithBackbone})
+    make_task().load_weights({})  # nothing to load
 
 
 def test_a_crop_larger_than_the_images_is_refused():

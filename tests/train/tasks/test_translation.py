@@ -9,9 +9,9 @@ from models.pix2pix import Discriminator, Generator
 from train.data.config import DataConfig
 from train.errors import UsageError
 from train.metrics import psnr, ssim
-from train.optim.optimizer import OptimizerConfig
-from train.tasks import translation
-from train.tasks.translation import Translation, TranslationConfig, open_task
+from train.optim.config import OptimizerConfig
+from train.tasks import open_task, translation
+from train.tasks.translation import Translation, TranslationConfig
 
 RANDOM = np.random.default_rng(0)
 
@@ -27,25 +27,24 @@ def make_task(size=(16, 16), **config):
 
 
 def make_batch(n=2, size=(16, 16)):
-    pair = {
+    return {
         name: RANDOM.integers(0, 256, (n, *size, 3), np.uint8)
         for name in ("input", "target")
     }
-    return pair | {"weight": np.ones(n, np.float32)}
 
 
 def prepared(batch):
     return translation._scaled(jax.random.key(0), batch)
 
 
-# The target's guess is half the input; a patch looks as real as its channels differ.
+# A generator that halves the input; a discriminator that compares two channels.
 SIMPLE = {
     "generator": lambda images: images / 2,
     "discriminator": lambda pair: pair[..., :1] - 2 * pair[..., 5:],
 }
 
 
-def judged(inputs, images):
+def logits_for(inputs, images):
     return inputs[..., :1] - 2 * images[..., 2:]
 
 
@@ -65,7 +64,7 @@ def test_pairs_are_scaled_from_minus_one_to_one():
 def test_losses_are_those_of_the_paper(kind):
     task, batch = make_task(gan_loss=kind, l1_weight=10.0), make_batch()
     inputs, targets = scaled(batch)
-    real, fake = judged(inputs, targets), judged(inputs, inputs / 2)
+    real, fake = logits_for(inputs, targets), logits_for(inputs, inputs / 2)
 
     def bce(logits, label):
         p = 1 / (1 + np.exp(-logits))
@@ -138,15 +137,15 @@ def test_scores_of_a_split_in_batches_with_filling():
     totals = None
     for rows in ([0, 1, 2, 3], [4, 5, 1, 1]):
         part = {k: v[rows] for k, v in batch.items()}
-        part["weight"] = np.float32([1, 1, 1, 1] if rows[0] == 0 else [1, 1, 0, 0])
-        found = task.evaluate(SIMPLE, part)
+        weights = np.float32([1, 1, 1, 1] if rows[0] == 0 else [1, 1, 0, 0])
+        found = task.evaluate(SIMPLE, part, weights)
         totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
     inputs, targets = (x[:, 2:14, 1:15] for x in scaled(batch))
-    made, truth = ((x + 1) / 2 for x in (inputs / 2, targets))
+    fake, truth = ((x + 1) / 2 for x in (inputs / 2, targets))
     expected = {
-        "l1": np.abs(made - truth).mean(),
-        "psnr": float(psnr(made, truth).mean()),
-        "ssim": float(ssim(made, truth).mean()),
+        "l1": np.abs(fake - truth).mean(),
+        "psnr": float(psnr(fake, truth).mean()),
+        "ssim": float(ssim(fake, truth).mean()),
     }
     assert task.scores(jax.device_get(totals)) == pytest.approx(expected, rel=1e-4)
 
@@ -161,7 +160,7 @@ def test_predictions_are_images():
 
 def test_dropout_at_test_makes_images_differ():
     # A network of the catalogue: the smallest with dropout.
-    def made(dropout_at_test):
+    def outputs(dropout_at_test):
         task = make_task((64, 64), dropout_at_test=dropout_at_test)
         networks = task.create_networks(nnx.Rngs(0))
         assert list(networks) == ["discriminator", "generator"]
@@ -170,23 +169,23 @@ def test_dropout_at_test_makes_images_differ():
         )
         return [np.asarray(view(jnp.ones((1, 64, 64, 3)))) for _ in range(2)]
 
-    first, second = made(False)
+    first, second = outputs(False)
     np.testing.assert_array_equal(first, second)
-    first, second = made(True)
+    first, second = outputs(True)
     assert (first != second).any()
 
 
-def test_tricks_are_the_generators_unless_both_are_to_have_them():
-    tricks = OptimizerConfig(
+def test_the_generator_is_trained_with_techniques_and_both_if_asked():
+    optimizer = OptimizerConfig(
         optimizer="adam", weight_decay=0.0, techniques=("scale_by_random",)
     )
-    task = make_task(optimizer=tricks)
-    assert task.optimizer_config("generator") is tricks
+    task = make_task(optimizer=optimizer)
+    assert task.optimizer_config("generator") is optimizer
     found = task.optimizer_config("discriminator")
-    assert found.tricks == ()
+    assert found.techniques == ()
     assert (found.optimizer, found.weight_decay) == ("adam", 0.0)
-    both = make_task(optimizer=tricks, techniques_on="both")
-    assert both.optimizer_config("discriminator") is tricks
+    both = make_task(optimizer=optimizer, techniques_on="both")
+    assert both.optimizer_config("discriminator") is optimizer
 
 
 def test_defaults_are_the_papers():
@@ -201,19 +200,19 @@ def test_the_embedded_scenes(tmp_path):
         data=DataConfig(dataset="digit_scenes", augment=("random_flip",))
     )
     task, dataset = open_task(config)
-    task.load({})
+    task.load_weights({})
     assert task.size == (64, 64)
-    batch = dataset.split("test").read(range(8)) | {"weight": np.ones(8, np.float32)}
+    batch = dataset.split("test").read(range(8))
     ready = task.prepare(batch, jax.random.key(0))
     assert (ready["input"].min(), ready["input"].max()) == (-1, 1)
-    # Both halves of a pair are mirrored alike.
+    # Both halves of a pair are flipped alike.
     inputs, targets = scaled(batch)
-    mirrored = ~np.isclose(ready["input"], inputs).all(axis=(1, 2, 3))
-    assert 0 < mirrored.sum() < 8
-    expected = np.where(mirrored.reshape(-1, 1, 1, 1), targets[:, :, ::-1], targets)
+    flipped = ~np.isclose(ready["input"], inputs).all(axis=(1, 2, 3))
+    assert 0 < flipped.sum() < 8
+    expected = np.where(flipped.reshape(-1, 1, 1, 1), targets[:, :, ::-1], targets)
     np.testing.assert_allclose(ready["target"], expected, atol=1e-6)
 
-    totals = jax.device_get(task.evaluate(SIMPLE, batch))
+    totals = jax.device_get(task.evaluate(SIMPLE, batch, np.ones(8, np.float32)))
     predictions = np.asarray(task.predict(SIMPLE, batch["input"]))
     task.save_figures(tmp_path, totals, batch, predictions)
     assert (tmp_path / "samples.png").read_bytes()[1:4] == b"PNG"
@@ -222,7 +221,7 @@ def test_the_embedded_scenes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generator": "unet128"}, "multiples of 128, got 64x64.*--image-size"),
+        ({"generator": "unet128"}, "multiples of 128, got 64x64.*image_size"),
         (
             {"data": DataConfig(dataset="digit_scenes", crop=(65, 65))},
             "crop of 65x65 does not fit images of 64x64",
@@ -237,8 +236,3 @@ def test_the_embedded_scenes(tmp_path):
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         open_task(TranslationConfig(**options))
-
-
-def test_weight_below_zero_is_refused():
-    with pytest.raises(UsageError, match="l1_weight must be >= 0, got -1"):
-        TranslationConfig(l1_weight=-1)

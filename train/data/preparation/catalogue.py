@@ -124,7 +124,9 @@ def prepare(
     if own.NEEDS_SOURCE and source is None:
         raise UsageError(f"{name} needs its files: {_how_to_prepare(name)}")
     if source is not None and not own.NEEDS_SOURCE:
-        raise UsageError(f"{name} is made from what is installed: leave out the source")
+        raise UsageError(
+            f"{name} is made from installed packages: leave out the source"
+        )
     taken = {
         option
         for kind in (own, ImageBuilder)

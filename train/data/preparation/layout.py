@@ -98,7 +98,7 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
 def check_fraction(fraction: float | None) -> float | None:
     """Checks and returns the share of examples to test on."""
     if fraction is not None and not 0 < fraction < 1:
-        raise UsageError(f"test fraction must lie between 0 and 1, got {fraction}")
+        raise UsageError(f"test_fraction must be between 0 and 1, got {fraction}")
     return fraction
 
 

@@ -78,10 +78,11 @@ def measure(
 ) -> dict[str, SplitStatistics]:
     """Returns the statistics of every split, read from the folder or measured now.
 
-    Measuring decodes images. Where these are to be cached as well, one pass over the
-    records does both: the statistics are those of images at their own size and, of a
-    large split, of a sample, whatever is cached. The cache is left to
-    `Split.arrays`, which explains errors, if it cannot be written.
+    Measuring decodes images. If decoded images are to be cached as well, one pass over
+    the records does both. The statistics do not depend on it: they are measured before
+    images are brought to the size of the cache, and of a large split only an evenly
+    spread sample is measured. Errors in writing the cache are ignored here, as
+    `Split.arrays` tries again and explains them.
 
     Args:
       folder: folder of the prepared dataset.
@@ -129,12 +130,11 @@ def _write(path: Path, content: str) -> None:
 class _CacheWriter:
     """Writes what is requested during the pass that measures.
 
-    It gives up, and removes incomplete files, when a file cannot be written or images
-    differ in size that should not. `Split.arrays` then makes the cache or explains why
-    it cannot be made.
+    It gives up and removes incomplete files if one cannot be written, or if images
+    differ in size that were assumed to have one.
 
     Attributes:
-      readers: bring the arrays of the present split to the sizes to be cached.
+      readers: bring the arrays of the present split to the sizes of the cache.
     """
 
     def __init__(self, requests: Sequence[CacheRequest]):

@@ -324,7 +324,7 @@ def _common_size(name: str, measured: Mapping[str, SplitStatistics]) -> Size:
     if len(heights) > 1 or len(widths) > 1:
         raise UsageError(
             f"images of {name} differ in size, from {min(widths)} to {max(widths)} "
-            f"pixels wide and from {min(heights)} to {max(heights)} high: give one "
-            "size, image_size"
+            f"pixels wide and from {min(heights)} to {max(heights)} high: set "
+            "image_size to bring them to one size"
         )
     return heights.pop(), widths.pop()

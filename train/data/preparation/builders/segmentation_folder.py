@@ -45,8 +45,8 @@ class SegmentationFolder(ImageBuilder):
             )
         if not len(self._classes) <= ignore_label <= 255:
             raise UsageError(
-                f"ignore label must lie from the number of classes, "
-                f"{len(self._classes)}, to 255, got {ignore_label}"
+                f"ignore_label must be from {len(self._classes)}, the number of "
+                f"classes, to 255, got {ignore_label}"
             )
         self._fraction = layout.check_fraction(test_fraction)
         super().__init__(**kwargs)
