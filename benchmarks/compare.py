@@ -19,7 +19,6 @@ import pydantic
 import tyro
 
 import optax_tricks
-from benchmarks.figures import save_learning_curves
 from benchmarks.report import (
     ROWS,
     Report,
@@ -28,6 +27,7 @@ from benchmarks.report import (
     open_report,
     with_range,
 )
+from train import plots
 from train.data.config import DataConfig
 from train.intervals import Interval, paired_interval
 from train.optim.config import OptimizerConfig
@@ -163,9 +163,10 @@ def compare(
         table = f"{markdown(HEADER, cells)}\n{text}\n"
         (report.folder.path / "table.md").write_text(table)
         report.save_rows([_flat(row) for row in rows])
-        save_learning_curves(
+        plots.save_learning_curves(
             _curves(rows),
             report.folder.path / "learning_curves.png",
+            ylabel=f"{config.eval_split} error (%)",
             baselines=[method.name for method in METHODS if method.baseline is None],
         )
         report.show(HEADER, cells)
