@@ -169,7 +169,7 @@ class _Feeding:
         """Returns the loaders of the project, and what they feed."""
         workers = default_workers()
         loaders: dict[str, Loader] = {
-            "memory": InMemoryLoader(self.train.arrays()),
+            "in memory": InMemoryLoader(self.train.arrays()),
             "grain, threads": GrainLoader(self.train, num_workers=0),
             f"grain, {workers} process{'es' * (workers > 1)}": GrainLoader(self.train),
         }
@@ -266,8 +266,7 @@ def _numpy_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call
 
 def _tf_batches(train: data.Split, batch_size: int) -> Generator[Any, None, None]:
     """Decodes and crops images in memory as the guide of tf.data does."""
-    import tensorflow as tf
-
+    tf: Any = importlib.import_module("tensorflow")
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
     num = min(len(train), 10_000)
     records = train.records.__getitems__(list(range(num)))
@@ -343,7 +342,7 @@ def measure(subject: Subject, rounds: int) -> list[Measurement]:
     """Times loading without training, then training steps, on one dataset."""
     config, measurements = subject.config, []
     for part, make_calls, reference, count in (
-        ("input alone", _loader_calls, "memory", subject.batches),
+        ("input alone", _loader_calls, "in memory", subject.batches),
         ("training step", _step_calls, "constant batch", subject.steps),
     ):
         with contextlib.ExitStack() as stack:

@@ -161,7 +161,8 @@ def _steps(program: Program) -> Timed:
         nonlocal state
         for _ in range(steps):
             state = program.train_step(state, feed)
-        return jax.block_until_ready(state)  # type: ignore[no-any-return]
+        jax.block_until_ready(state)
+        return state
 
     return Timed(call=call, steps=steps, program=program)
 

@@ -72,7 +72,7 @@ def test_every_way_is_timed(run, monkeypatch, capsys, tmp_path):
     }
     ways = {(row["dataset"], row["part"], row["name"]) for row in rows}
     for dataset in ("image_folder/small", "segmentation_folder/small"):
-        for way in ("memory", "grain, threads"):
+        for way in ("in memory", "grain, threads"):
             assert (dataset, "input alone", way) in ways
             assert (dataset, "training step", way) in ways
         assert (dataset, "training step", "constant batch") in ways

@@ -134,6 +134,21 @@ def test_the_tables_of_the_cost():
         assert f"| {' | '.join(cells)} |" in lines
 
 
+def test_the_table_of_the_input():
+    lines = page("docs/data.md").splitlines()
+    found = {
+        (row["dataset"], row["part"], row["name"]): row for row in rows_of("input_cpu")
+    }
+    datasets = list(dict.fromkeys(dataset for dataset, _, _ in found))
+    for name in dict.fromkeys(n for _, part, n in found if part == "input alone"):
+        cells = [name]
+        for dataset in datasets:
+            speed = float(found[dataset, "input alone", name]["images_per_second"])
+            step = found.get((dataset, "training step", name))
+            cells += [f"{speed:,.0f}", ratio_of(step, ".2f") if step else ""]
+        assert f"| {' | '.join(cells)} |" in lines
+
+
 def test_the_rows_name_the_techniques_as_the_benchmarks_do():
     from benchmarks import transforms
 
