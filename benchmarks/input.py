@@ -146,7 +146,7 @@ class Measurement:
 
 
 class _Feeding:
-    """A dataset that is fed to the functions to time.
+    """A dataset and what reads it in the functions to time.
 
     Attributes:
       subject: the dataset, and what it is for.
@@ -185,7 +185,7 @@ class _Feeding:
 
 
 def _loader_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
-    """Returns functions that make batches, and what empties their buffers."""
+    """Returns functions that make batches, and functions that empty their buffers."""
     train, batches = feeding.train, feeding.subject.batches
     calls: Calls = {}
     before: Calls = {}
@@ -203,12 +203,12 @@ def _loader_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
 
 
 def _drain(feeds: Iterator[Any]) -> Call:
-    """Takes what was read ahead while others had their turn."""
+    """Returns a function that takes what was read ahead while others ran."""
     return lambda: list(itertools.islice(feeds, _READ_AHEAD))
 
 
 def _batches_call(feeding: _Feeding, loader: Loader, feeds: Iterator[Any]) -> Call:
-    """Makes augmented batches, as training does."""
+    """Returns a function that makes augmented batches, as training does."""
     make = jax.jit(
         lambda feed, step, key: feeding.task.prepare(loader.batch(feed, step), key)
     )
@@ -222,7 +222,7 @@ def _batches_call(feeding: _Feeding, loader: Loader, feeds: Iterator[Any]) -> Ca
 
 
 def _decoding_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call:
-    """Decodes the images of batches."""
+    """Returns a function that only decodes the images of batches."""
     steps = itertools.count()
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
 
@@ -237,7 +237,7 @@ def _decoding_call(train: data.Split, sampler: RandomSampler, batches: int) -> C
 
 
 def _numpy_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call:
-    """Gathers, pads, crops, flips and normalizes batches."""
+    """Returns a function that gathers and augments batches with NumPy."""
     arrays = {
         name: np.array(array)
         for name, array in train.arrays().items()
@@ -265,7 +265,7 @@ def _numpy_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call
 
 
 def _tf_batches(train: data.Split, batch_size: int) -> Generator[Any, None, None]:
-    """Decodes and crops images in memory as the guide of tf.data does."""
+    """Yields batches that tf.data decodes and crops, as its guide does."""
     tf: Any = importlib.import_module("tensorflow")
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
     num = min(len(train), 10_000)
@@ -293,7 +293,10 @@ def _tf_batches(train: data.Split, batch_size: int) -> Generator[Any, None, None
 
 
 def _step_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
-    """Returns training steps on a constant batch, and with each loader."""
+    """Returns training steps on a constant batch and with each loader.
+
+    The second result has functions that empty the buffers of the loaders.
+    """
     task = feeding.task
     batch = jax.device_put(feeding.train.read(feeding.sampler.rows(0)))
     ready = jax.jit(task.prepare)(batch, jax.random.key(0))
@@ -315,7 +318,7 @@ def _step_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
 def _step_call(
     task: ImageTask, feeds: Iterator[Any], make_batch: Callable[..., Batch]
 ) -> Call:
-    """Takes one training step."""
+    """Returns a function that takes one training step."""
     networks = task.create_networks(nnx.Rngs(0))
     tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
     trainables = {name: Trainable(split(n)[0], tx) for name, n in networks.items()}

@@ -153,7 +153,7 @@ def _changed(program: Program, **changes: Any) -> Program:
 
 
 def _steps(program: Program) -> Timed:
-    """Returns an epoch of steps with nothing between them, and one wait at the end."""
+    """Returns a function that takes an epoch of steps, and waits once at the end."""
     steps = program.steps_before(1)
     state, feed = program.init_state(0), next(program.feeds(0))
 
@@ -168,7 +168,7 @@ def _steps(program: Program) -> Timed:
 
 
 def _epoch(program: Program, stack: contextlib.ExitStack) -> Timed:
-    """Returns an epoch of the loop that all tasks share."""
+    """Returns a function that trains for one epoch and writes nothing."""
 
     class Pause(Callbacks):
         def __init__(self, pause: Call):
@@ -184,9 +184,9 @@ def _epoch(program: Program, stack: contextlib.ExitStack) -> Timed:
 
 
 def _epoch_of_run(program: Program, path: Path, stack: contextlib.ExitStack) -> Timed:
-    """Returns an epoch with all that a run writes.
+    """Returns a function that trains for one epoch and writes what a run writes.
 
-    These are metrics, events and, if it is due, the state.
+    These are metrics, TensorBoard events and, if it is due, a checkpoint.
     """
 
     class Output(SeedOutput):
