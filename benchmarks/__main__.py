@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks STUDY."""
+"""Command line: python -m benchmarks COMMAND."""
 
 import sys
 
@@ -10,6 +10,7 @@ from benchmarks.loop import loop
 from benchmarks.networks import networks
 from benchmarks.transforms import transforms
 from train.errors import UsageError
+from train.settings import wrong_settings_exit
 
 app = SubcommandApp()
 app.command(compare)
@@ -20,9 +21,14 @@ app.command(loop)
 
 
 def main() -> None:
-    """Runs the command line; errors a user can mend are one line, without a trace."""
+    """Runs the command line; errors that a user can fix are shown in one line."""
     try:
-        app.cli(prog="python -m benchmarks", description="Measure what helps.")
+        with wrong_settings_exit():
+            app.cli(
+                prog="python -m benchmarks",
+                description="Measure what helps, and what it costs.",
+                args=sys.argv[1:] or ["--help"],
+            )
     except (UsageError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1,11 +1,11 @@
-"""A study: plain SGD and each technique, over the same seeds, and which of them helped.
+"""A study: plain SGD and each technique over the same seeds, and which of them helped.
 
-Each technique is held against a baseline without it. Random Gradient's has the
-settings of its paper; Step-Tuned SGD, an optimizer of its own, meets SGD with momentum.
-Techniques that take two gradients in a step also meet SGD of twice the epochs.
+Each technique is compared with a baseline without it. The baseline of Random Gradient
+has the settings of its paper. Step-Tuned SGD is an optimizer of its own, and its
+baseline is SGD with momentum. Techniques that take two gradients per step are also
+compared with SGD that trains for twice the epochs.
 """
 
-import csv
 import dataclasses
 import itertools
 import math
@@ -15,24 +15,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from train.loop import NonFiniteLossError, fit
 
-from benchmarks.figures import save_learning_curves
-from train import data
+import optax_tricks
+from benchmarks.report import (
+    ROWS,
+    Report,
+    Row,
+    markdown,
+    open_report,
+    with_range,
+)
+from train import plots
 from train.data.config import DataConfig
-from train.errors import UsageError
 from train.intervals import Interval, paired_interval
-from train.optim.optimizer import OptimizerConfig
-from train.output.run_folder import RunFolder, environment, open_run_folder
-from train.program import Program
-from train.progress import Reporter, make_console, shown_on
-from train.run import build
-from train.step import Record
-from train.tasks import classification
+from train.optim.config import OptimizerConfig
+from train.optim.techniques import TECHNIQUES, Technique
+from train.output.run_folder import environment
+from train.program import Program, open_program
+from train.progress import Reporter, shown_on
+from train.run import Callbacks, NonFiniteLossError, train_seed
+from train.settings import Positive, settings
+from train.step import Record, TrainState
 from train.tasks.classification import ClassificationConfig, ModelName
 
 
@@ -41,12 +46,13 @@ class Method:
     """One row of the study.
 
     Attributes:
-      name: what the table calls it.
-      optimizer: what trains.
-      baseline: the method it is held against at equal epochs; None for a baseline.
-      equal_gradients: the method that takes as many gradients in all, where that is
-        not the baseline.
-      epochs_factor: epochs it trains for, in those of the study.
+      name: its name in tables.
+      optimizer: the optimizer that trains.
+      baseline: the method that it is compared with at equal epochs; None for a
+        baseline.
+      equal_gradients: the method that takes as many gradients in all; None if that is
+        the baseline.
+      epochs_factor: factor on the epochs of the study.
     """
 
     name: str
@@ -56,15 +62,12 @@ class Method:
     epochs_factor: int = 1
 
 
-Row = dict[str, Any]
-_ROWS = "rows.jsonl"
-
-# Momentum, decay and schedule are PUGD's for SGD, Gradient Centralization (whose paper
-# has steps in place of the cosine) and PUGD, and those of its paper's code for Random
-# Gradient. Step-Tuned SGD has its own schedule and no momentum; its decay, which the
-# paper leaves open, is that of SGD. Learning rates were chosen on held-out training
-# images, from the same six for every method, since the papers' are for other networks
-# and data: see docs/digits.md.
+# Momentum, decay and schedule are those of the paper on PUGD for SGD, Gradient
+# Centralization (whose paper lowers the rate in steps) and PUGD, and those of its
+# paper's code for Random Gradient. Step-Tuned SGD has its own schedule and no momentum;
+# its paper leaves the decay open, which is that of SGD here. The learning rates of the
+# papers are for other networks and data. Each method has the best of the same six rates
+# on held-out training images; see docs/digits.md.
 _SGD = OptimizerConfig(learning_rate=0.3)
 _RANDOM_GRADIENT = OptimizerConfig(
     learning_rate=1.0, momentum=0.5, weight_decay=1e-4, schedule="poly"
@@ -72,42 +75,35 @@ _RANDOM_GRADIENT = OptimizerConfig(
 _STEP_TUNED = OptimizerConfig(
     learning_rate=3.0, momentum=0.0, weight_decay=5e-4, schedule="robbins_monro"
 )
-
-
-def _with(optimizer: OptimizerConfig, trick: str) -> OptimizerConfig:
-    return dataclasses.replace(optimizer, techniques=(trick,))
-
-
-METHODS = (
+_BASELINES = (
     Method(name="sgd", optimizer=_SGD),
     Method(name="sgd, 2x epochs", optimizer=_SGD, epochs_factor=2),
     Method(name="sgd, momentum 0.5", optimizer=_RANDOM_GRADIENT),
-    Method(
-        name="scale_by_random",
-        optimizer=_with(_RANDOM_GRADIENT, "scale_by_random"),
-        baseline="sgd, momentum 0.5",
-    ),
-    Method(
-        name="centralize",
-        optimizer=_with(_SGD, "centralize"),
-        baseline="sgd",
-    ),
-    Method(
-        name="barzilai_borwein_step",
-        optimizer=_with(_STEP_TUNED, "barzilai_borwein_step"),
-        baseline="sgd",
-        equal_gradients="sgd, 2x epochs",
-    ),
-    Method(
-        name="perturbed_unit_step",
-        optimizer=_with(_SGD, "perturbed_unit_step"),
-        baseline="sgd",
-        equal_gradients="sgd, 2x epochs",
-    ),
+)
+# The settings and the baseline of each technique; all others have those of SGD.
+_SETTINGS = {
+    "scale_by_random": (_RANDOM_GRADIENT, "sgd, momentum 0.5"),
+    "barzilai_borwein_step": (_STEP_TUNED, "sgd"),
+}
+
+
+def _method(technique: Technique) -> Method:
+    optimizer, baseline = _SETTINGS.get(technique.name, (_SGD, "sgd"))
+    return Method(
+        name=technique.name,
+        optimizer=dataclasses.replace(optimizer, techniques=(technique.name,)),
+        baseline=baseline,
+        equal_gradients="sgd, 2x epochs" if technique.gradients_per_step == 2 else None,
+    )
+
+
+METHODS = (
+    *_BASELINES,
+    *(_method(row) for row in TECHNIQUES.values() if row.name in optax_tricks.__all__),
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class CompareConfig:
     """Train plain SGD and each technique over the same seeds."""
 
@@ -115,24 +111,20 @@ class CompareConfig:
     """Name of a prepared dataset; `python -m train.data list` shows them."""
     model: ModelName = "resnet8"
     """Network to train."""
-    epochs: int = 15
+    epochs: Positive[int] = 15
     """Passes over the training images."""
-    batch_size: int = 100
+    batch_size: Positive[int] = 100
     """Images in a step."""
-    seeds: int = 5
-    """Runs of each method, at least 2; the same seeds for all."""
+    seeds: Annotated[int, pydantic.Field(ge=2)] = 5
+    """Runs of each method, at least 2; all methods have the same seeds."""
     eval_split: Literal["test", "validation"] = "test"
-    """Validation holds out a fifth of the training images, to choose settings by."""
-    learning_rate: float | None = None
-    """One learning rate for all methods, in place of each one's own."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise UsageError(f"seeds must be at least 2 to compare, got {self.seeds}")
-        self.task_config(METHODS[0])  # raises where a setting is out of its range
+    """Split to evaluate on; validation is to choose settings by, and holds out a fifth
+    of the training images if the dataset has no such split."""
+    learning_rate: Positive[float] | None = None
+    """One learning rate for all methods instead of each one's own."""
 
     def task_config(self, method: Method) -> ClassificationConfig:
-        """What a method trains."""
+        """Returns the settings of the runs of a method."""
         optimizer = method.optimizer
         if self.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=self.learning_rate)
@@ -155,28 +147,36 @@ def compare(
     Args:
       task: what to train for.
       config: what to compare, and on what.
-      run_dir: folder for the results; a new one under runs/ if unset. One that holds a
-        part of the same study is finished, and nothing in it is run again.
+      run_dir: folder of the results; a new one under runs/ if unset. If it holds a part
+        of the same study, only what is missing is run.
     """
-    console = make_console()
     described = dataclasses.asdict(config) | {
         "methods": {m.name: dataclasses.asdict(config.task_config(m)) for m in METHODS}
     }
     name = f"compare-{task}-{config.dataset}"
-    with open_run_folder(run_dir, name, described, resume=True) as folder:
-        _run_missing(config, folder, console)
-        rows = folder.read(_ROWS)
+    with open_report(name, described, run_dir, resume=True) as report:
+        _run_missing(config, report)
+        rows = report.folder.read(ROWS)
         summaries = summarize(rows)
-        _write_results(folder, rows, summaries, config.seeds)
-        save_learning_curves(rows, folder.path / "learning_curves.png")
-        console.print(_table(summaries), soft_wrap=False)
+        cells = [cells_of(summary) for summary in summaries]
         text = conclusion(summaries, config.seeds)
-        console.print(text)
-        console.print(f"Written to {folder.path}")
+        table = f"{markdown(HEADER, cells)}\n{text}\n"
+        (report.folder.path / "table.md").write_text(table)
+        report.save_rows([_flat(row) for row in rows])
+        plots.save_learning_curves(
+            _curves(rows),
+            report.folder.path / "learning_curves.png",
+            ylabel=f"{config.eval_split} error (%)",
+            baselines=[method.name for method in METHODS if method.baseline is None],
+        )
+        report.show(HEADER, cells)
+        report.console.print(text)
 
 
-def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> None:
-    done = {(row["method"], row["seed"]) for row in folder.read(_ROWS)}
+def _run_missing(config: CompareConfig, report: Report) -> None:
+    """Trains all methods from all seeds that have no row yet."""
+    done = {(row["method"], row["seed"]) for row in report.folder.read(ROWS)}
+    # Seeds outside, methods inside: a slow minute of the machine hits all methods.
     missing = [
         (seed, method)
         for seed in range(config.seeds)
@@ -185,64 +185,87 @@ def _run_missing(config: CompareConfig, folder: RunFolder, console: Console) -> 
     ]
     if not missing:
         return
-    programs: dict[str, Program] = {}
-    with console.status("compiling") as status:
-        for _, method in missing:
-            if method.name not in programs:
-                status.update(f"compiling {method.name}")
-                task_config = config.task_config(method)
-                programs[method.name], _ = build(classification, task_config)
-    folder.start()
-    total = sum(_num_steps(config, programs, method) for _, method in missing)
-    with shown_on(console)("training", total) as reporter:
-        # Seeds outside, methods inside: a slow minute of the machine hits them all.
+    progress = shown_on(report.console)
+    programs = {}
+    names = {method.name for _, method in missing}
+    with progress("compiling", len(names)) as reporter:
+        for method in METHODS:
+            if method.name in names:
+                reporter.describe(f"compiling {method.name}")
+                programs[method.name] = _open(config, method)
+                reporter.advance()
+    report.folder.start()
+    total = sum(_num_steps(programs[method.name].program) for _, method in missing)
+    with progress("training", total) as reporter:
         for seed, method in missing:
             text = f"seed {seed + 1}/{config.seeds}, {method.name}"
-            row = _run(config, method, programs[method.name], seed, reporter, text)
-            folder.append(_ROWS, row)
+            row = _run(programs[method.name], seed, reporter, text)
+            report.folder.append(ROWS, row)
 
 
-def _num_steps(
-    config: CompareConfig, programs: dict[str, Program], method: Method
-) -> int:
-    epochs = config.epochs * method.epochs_factor
-    return programs[method.name].steps_before(epochs)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Compiled:
+    """A method that is ready to train on a dataset with so many classes."""
+
+    method: Method
+    program: Program
+    num_classes: int
 
 
-def _run(
-    config: CompareConfig,
-    method: Method,
-    program: Program,
-    seed: int,
-    reporter: Reporter,
-    text: str,
-) -> Row:
-    curve: list[Record] = []
+def _open(config: CompareConfig, method: Method) -> _Compiled:
+    program, dataset = open_program(config.task_config(method))
+    return _Compiled(method=method, program=program, num_classes=dataset.num_classes)
 
-    def add(record: Record) -> None:
-        curve.append(
+
+def _num_steps(program: Program) -> int:
+    return program.steps_before(program.config.epochs)
+
+
+class _Curve(Callbacks):
+    """Collects the learning curve of a run, and shows its progress.
+
+    Attributes:
+      points: a point for each epoch.
+    """
+
+    def __init__(self, compiled: _Compiled, reporter: Reporter, text: str):
+        self.points: list[Record] = []
+        self._gradients_per_step = compiled.method.optimizer.gradients_per_step
+        self._accuracy = f"{compiled.program.config.data.eval_split}_accuracy"
+        self._reporter, self._text = reporter, text
+
+    def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
+        """Shows progress."""
+        self._reporter.advance(count)
+
+    def on_epoch(self, state: TrainState, record: Record) -> None:
+        """Adds a point to the curve."""
+        seconds_before = self.points[-1]["seconds"] if self.points else 0.0
+        accuracy = record[self._accuracy]
+        self.points.append(
             {
                 "epoch": record["epoch"],
-                "gradient_evaluations": record["step"] * gradients,
-                "seconds": record["seconds"] + (curve[-1]["seconds"] if curve else 0.0),
-                "accuracy": record[f"{config.eval_split}_accuracy"],
+                "gradient_evaluations": record["step"] * self._gradients_per_step,
+                "seconds": seconds_before + record["seconds"],
+                "accuracy": accuracy,
             }
         )
-        reporter.describe(f"{text}, accuracy {curve[-1]['accuracy']:.4f}")
+        self._reporter.describe(f"{self._text}, accuracy {accuracy:.4f}")
 
-    gradients = method.optimizer.gradients_per_step
-    epochs = config.epochs * method.epochs_factor
+
+def _run(compiled: _Compiled, seed: int, reporter: Reporter, text: str) -> Row:
+    """Trains one method from one seed."""
+    method, program = compiled.method, compiled.program
+    curve = _Curve(compiled, reporter, text)
     failure = None
     try:
-        for report in fit(program, (seed,)):
-            reporter.advance(report.steps)
-            for record in report.epoch:
-                add(record)
-        accuracy = curve[-1]["accuracy"]
+        train_seed(program, seed, curve)
+        accuracy = curve.points[-1]["accuracy"]
     except NonFiniteLossError as error:
-        failure = str(error)  # kept in the table, as a network that guesses
-        accuracy = 1 / data.load(config.dataset).num_classes
-    times = [point["seconds"] for point in curve]
+        # The run stays in the table, with the accuracy of guessing.
+        failure = str(error)
+        accuracy = 1 / compiled.num_classes
+    times = [point["seconds"] for point in curve.points]
     epoch_seconds = [b - a for a, b in itertools.pairwise([0.0, *times])]
     return {
         "method": method.name,
@@ -253,16 +276,34 @@ def _run(
             if epoch_seconds
             else None
         ),
-        "gradient_evaluations": program.steps_before(epochs) * gradients,
+        "gradient_evaluations": (
+            _num_steps(program) * method.optimizer.gradients_per_step
+        ),
         "failure": failure,
         "environment": environment(),
-        "curve": curve,
+        "curve": curve.points,
     }
+
+
+def _flat(row: Row) -> Row:
+    """Returns a row of the CSV file."""
+    flat = {k: v for k, v in row.items() if k not in ("curve", "environment")}
+    flat |= row["environment"]
+    return flat
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Returns the curves of each method, without those of runs that diverged."""
+    curves = defaultdict(list)
+    for row in rows:
+        if row["failure"] is None:
+            curves[row["method"]].append(row["curve"])
+    return curves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What the table says of a method; accuracies in percent."""
+    """The results of a method over all seeds; accuracies are in percent."""
 
     method: Method
     mean: float
@@ -274,7 +315,7 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Means, standard deviations and paired differences over the seeds."""
+    """Returns means, standard deviations and paired differences over the seeds."""
     by_method: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         by_method[row["method"]][row["seed"]] = row
@@ -305,7 +346,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     ]
 
 
-_HEADER = (
+HEADER = (
     "method",
     "grads/step",
     "accuracy %",
@@ -314,7 +355,8 @@ _HEADER = (
 )
 
 
-def _cells(summary: Summary) -> tuple[str, ...]:
+def cells_of(summary: Summary) -> tuple[str, ...]:
+    """Returns the row of a method in a table under `HEADER`."""
     method = summary.method
     failed = f" ({summary.failures} diverged)" if summary.failures else ""
     return (
@@ -327,28 +369,11 @@ def _cells(summary: Summary) -> tuple[str, ...]:
 
 
 def _difference(interval: Interval | None) -> str:
-    if interval is None:
-        return "baseline"
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
-
-
-def _table(summaries: Sequence[Summary]) -> Table:
-    # Narrow enough for 80 columns, which is also what a log file gets.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in _HEADER:
-        table.add_column(name, no_wrap=True)
-    for summary in summaries:
-        table.add_row(*_cells(summary))
-    return table
-
-
-def _markdown(summaries: Sequence[Summary]) -> str:
-    lines = [_HEADER, ("---",) * len(_HEADER), *map(_cells, summaries)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    return "baseline" if interval is None else with_range(*interval, "+.2f")
 
 
 def conclusion(summaries: Sequence[Summary], seeds: int) -> str:
-    """What the intervals say of each technique, in words."""
+    """Says in words what the intervals show for each technique."""
     lines = []
     for summary in summaries:
         method = summary.method
@@ -366,19 +391,3 @@ def conclusion(summaries: Sequence[Summary], seeds: int) -> str:
         "intervals; of twenty techniques without effect, one would seem to have one."
     )
     return "\n".join(lines)
-
-
-def _write_results(
-    folder: RunFolder, rows: Sequence[Row], summaries: Sequence[Summary], seeds: int
-) -> None:
-    text = f"{_markdown(summaries)}\n{conclusion(summaries, seeds)}\n"
-    (folder.path / "table.md").write_text(text)
-    flat = [
-        {k: v for k, v in row.items() if k not in ("curve", "environment")}
-        | row["environment"]
-        for row in rows
-    ]
-    with (folder.path / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)

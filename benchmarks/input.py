@@ -1,81 +1,63 @@
-"""How fast images come to the training step, by each way, and what that costs it.
+"""How fast images come to the training step, and what their way costs the step.
 
-Images per second are of the input alone; beside the project's two ways stand plain
-decoding by PIL, a loader in NumPy and, where it is installed, tf.data. Then a training
-step with real input is held against the same step with one constant batch that lies
-ready on the device.
+First, each way is timed without training. Besides the two loaders of the project these
+are plain decoding by PIL, a loader in NumPy and, where it is installed, tf.data. Then a
+training step with each loader is compared with the same step on one constant batch that
+is on the device already.
 """
 
 import contextlib
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
-from rich import box
-from rich.table import Table
-from train.data._images import decode
 
+import models
+from benchmarks.report import open_report, rows_of, with_range
 from benchmarks.timing import Ratio, interleave, ratio
 from optax_tricks.nnx import split
 from train import data
-from train.data import augment
-from train.data.augment import Augmentation
+from train.data.config import DataConfig
+from train.data.images import decode
 from train.data.loaders import (
+    Batch,
     GrainLoader,
     InMemoryLoader,
-    Input,
-    Shuffled,
+    Loader,
     default_workers,
 )
-from train.errors import UsageError
-from train.output.run_folder import environment, open_run_folder
-from train.progress import make_console, shown_on
-from train.step import Metrics, Models, Network, make_train_step, new_state
+from train.data.samplers import RandomSampler
+from train.progress import shown_on
+from train.settings import Positive, settings
+from train.step import Trainable, init_state, make_train_step
+from train.tasks.base import Networks
 from train.tasks.classification import Classification, ClassificationConfig
+from train.tasks.segmentation import Segmentation, SegmentationConfig
 
-Call = Callable[[], Any]
+Call: TypeAlias = Callable[[], Any]
+Calls: TypeAlias = dict[str, Call]
+ImageTask: TypeAlias = Classification | Segmentation
 
 _PACKAGES = ("pillow", "grain", "tensorflow-datasets", "tensorflow-cpu")
 
 _MODEL = "resnet20"
 
-# Batches that threads, processes and the device hold together at most.
+# The most batches that threads, processes and the device hold together.
 _READ_AHEAD = 12
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """A dataset to feed.
-
-    Attributes:
-      name: of the dataset.
-      batch_size: images in a step.
-      batches: of input alone, that are timed together.
-      steps: of training, that are timed together.
-      augment: what happens to a training batch.
-      task: trains on it.
-    """
-
-    name: str
-    batch_size: int
-    batches: int
-    steps: int
-    augment: Callable[[data.Dataset], Augmentation]
-    task: Callable[[data.Dataset, Augmentation], Any]
-
-
-class _Segmenter(nnx.Module):
+class _Segmenter(models.Network):
     """A small network at stride 8."""
 
     def __init__(self, num_classes: int, *, rngs: nnx.Rngs):
@@ -87,82 +69,72 @@ class _Segmenter(nnx.Module):
         self.layers = nnx.List(down + wide)
         self.head = nnx.Conv(128, num_classes, (1, 1), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits of every pixel."""
+        x = images
         for layer in self.layers:
             x = nnx.relu(layer(x))
-        x = self.head(x)
-        return jax.image.resize(x, (*shape[:3], x.shape[-1]), "bilinear")
+        logits = self.head(x)
+        shape = (*images.shape[:3], logits.shape[-1])
+        resized: jax.Array = jax.image.resize(logits, shape, "bilinear")
+        return resized
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Segmentation:
-    """Enough of a task to take steps."""
+class _SmallSegmentation(Segmentation):
+    """Segmentation with a network that leaves time to see what the input costs."""
 
-    num_classes: int
-    ignore_label: int
-    augment: Augmentation
+    __slots__ = ()
 
-    def create_networks(self, rngs: nnx.Rngs) -> Models:
-        return {"model": _Segmenter(self.num_classes, rngs=rngs)}
-
-    def prepare(self, batch: Any, key: jax.Array) -> Any:
-        return self.augment(key, batch)
-
-    def loss(
-        self, name: str, networks: Models, batch: Any
-    ) -> tuple[jax.Array, Metrics]:
-        labels = batch["mask"].astype(jnp.int32)
-        there = labels != self.ignore_label
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            networks[name](batch["image"]), jnp.where(there, labels, 0)
-        )
-        return (losses * there).sum() / there.sum(), {}
+    def create_networks(self, rngs: nnx.Rngs) -> Networks:
+        """Makes the network."""
+        return {"model": _Segmenter(len(self.class_names), rngs=rngs)}
 
 
-def _subjects(cifar10: str, camvid: str) -> tuple[Subject, ...]:
-    def for_cifar(dataset: data.Dataset) -> Augmentation:
-        normalize = augment.normalize(dataset.mean, dataset.std)
-        return augment.chain(augment.pad_crop(), augment.mirror(), normalize)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A dataset and the training that it feeds.
 
-    def for_camvid(dataset: data.Dataset) -> Augmentation:
-        size = dataset.split("train").reader.size
-        void = dataset.ignore_label
-        normalize = augment.normalize(dataset.mean, dataset.std)
-        scale = augment.random_scale_crop(size, ignore_label=void)
-        return augment.chain(scale, augment.mirror(), normalize)
+    Attributes:
+      config: the data, their augmentation and the batch size.
+      task: what is trained.
+      batches: number of batches that are timed together without training.
+      steps: number of training steps that are timed together.
+    """
+
+    config: ClassificationConfig | SegmentationConfig
+    task: type[ImageTask]
+    batches: int = 40
+    steps: int = 3
+
+
+def _subjects(
+    cifar10: str, camvid: str, data_dir: Path | None
+) -> tuple[Subject, Subject]:
+    def data_config(dataset: str, *augment: str) -> DataConfig:
+        return DataConfig(dataset=dataset, augment=augment, data_dir=data_dir)
 
     return (
         Subject(
-            name=cifar10,
-            batch_size=128,
-            batches=40,
-            steps=3,
-            augment=for_cifar,
-            task=lambda dataset, augment: Classification(
-                config=ClassificationConfig(model=_MODEL),
-                class_names=dataset.class_names,
-                image_shape=(*dataset.split("train").reader.size, 3),
-                augment=augment,
-                normalize=augment,
+            config=ClassificationConfig(
+                data=data_config(cifar10, "pad_crop", "random_flip"),
+                model=_MODEL,
+                batch_size=128,
             ),
+            task=Classification,
         ),
         Subject(
-            name=camvid,
-            batch_size=4,
-            batches=40,
-            steps=3,
-            augment=for_camvid,
-            task=lambda dataset, augment: _Segmentation(
-                dataset.num_classes, dataset.ignore_label, augment
+            config=SegmentationConfig(
+                data=data_config(camvid, "random_scale_crop", "random_flip"),
+                batch_size=4,
             ),
+            task=_SmallSegmentation,
         ),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One row of the results; seconds are of one batch or step."""
+    """One row of the results; seconds are those of one batch or step."""
 
     dataset: str
     part: str
@@ -173,68 +145,90 @@ class Measurement:
     ratio: Ratio
 
 
-def _ways(
-    train: data.Split, order: Shuffled, stack: contextlib.ExitStack
-) -> dict[str, tuple[Input, Iterator[Any]]]:
-    """The project's ways of input, with what they feed."""
-    processes = default_workers()
-    ways: dict[str, Input] = {
-        "memory": InMemoryLoader(train.arrays()),
-        "stream, threads": GrainLoader(train, num_workers=0),
-        f"stream, {processes} process{'es' * (processes > 1)}": GrainLoader(train),
-    }
-    return {
-        name: (way, stack.enter_context(contextlib.closing(way.feeds(order))))
-        for name, way in ways.items()
-    }
+class _Feeding:
+    """A dataset and what reads it in the functions to time.
+
+    Attributes:
+      subject: the dataset, and what it is for.
+      train: the training examples.
+      task: the task, for these data.
+      sampler: the order of the examples.
+    """
+
+    def __init__(self, subject: Subject, stack: contextlib.ExitStack):
+        """Loads the data; the stack closes what is opened later."""
+        config = subject.config
+        dataset = config.data.load(config.task)
+        self.subject = subject
+        self.train = dataset.split("train")
+        self.task: ImageTask = subject.task.create(config, dataset)  # type: ignore[arg-type]
+        self.sampler = RandomSampler((0, 0), len(self.train), config.batch_size)
+        self._stack = stack
+
+    def open(self) -> dict[str, tuple[Loader, Iterator[Any]]]:
+        """Returns the loaders of the project, and what they feed."""
+        workers = default_workers()
+        loaders: dict[str, Loader] = {
+            "in memory": InMemoryLoader(self.train.arrays()),
+            "grain, threads": GrainLoader(self.train, num_workers=0),
+            f"grain, {workers} process{'es' * (workers > 1)}": GrainLoader(self.train),
+        }
+        return {
+            name: (loader, self.closing(loader.feeds(self.sampler)))
+            for name, loader in loaders.items()
+        }
+
+    def closing(self, feeds: Any) -> Iterator[Any]:
+        """Returns a generator, which is closed at the end."""
+        iterator: Iterator[Any] = self._stack.enter_context(contextlib.closing(feeds))
+        return iterator
 
 
-def _loaders(
-    dataset: data.Dataset, subject: Subject, stack: contextlib.ExitStack
-) -> tuple[dict[str, Call], dict[str, Call]]:
-    """What yields the next augmented batches of an epoch, and what empties buffers."""
-    train = dataset.split("train")
-    order = Shuffled((0, 0), len(train), subject.batch_size)
-    change = jax.jit(subject.augment(dataset))
-    calls, before = {}, {}
-    for name, (way, feeds) in _ways(train, order, stack).items():
-        calls[name] = _input_call(way, feeds, change, subject.batches)
-        if isinstance(way, GrainLoader):
+def _loader_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
+    """Returns functions that make batches, and functions that empty their buffers."""
+    train, batches = feeding.train, feeding.subject.batches
+    calls: Calls = {}
+    before: Calls = {}
+    for name, (loader, feeds) in feeding.open().items():
+        calls[name] = _batches_call(feeding, loader, feeds)
+        if isinstance(loader, GrainLoader):
             before[name] = _drain(feeds)
-    calls["PIL, decoding alone"] = _decoding_call(train, order, subject)
-    calls["NumPy, from memory"] = _numpy_call(train, order, subject)
+    calls["PIL, decoding alone"] = _decoding_call(train, feeding.sampler, batches)
+    calls["NumPy, from memory"] = _numpy_call(train, feeding.sampler, batches)
     if importlib.util.find_spec("tensorflow"):
-        batches = stack.enter_context(contextlib.closing(_tf_batches(train, subject)))
-        calls["tf.data"] = lambda: list(itertools.islice(batches, subject.batches))
-        before["tf.data"] = _drain(batches)
+        stream = feeding.closing(_tf_batches(train, feeding.sampler.batch_size))
+        calls["tf.data"] = lambda: list(itertools.islice(stream, batches))
+        before["tf.data"] = _drain(stream)
     return calls, before
 
 
 def _drain(feeds: Iterator[Any]) -> Call:
-    """Takes what was read ahead while others had their turn."""
+    """Returns a function that takes what was read ahead while others ran."""
     return lambda: list(itertools.islice(feeds, _READ_AHEAD))
 
 
-def _input_call(
-    way: Input, feeds: Iterator[Any], change: Augmentation, batches: int
-) -> Call:
-    make = jax.jit(lambda feed, step, key: change(key, way.batch(feed, step)))
+def _batches_call(feeding: _Feeding, loader: Loader, feeds: Iterator[Any]) -> Call:
+    """Returns a function that makes augmented batches, as training does."""
+    make = jax.jit(
+        lambda feed, step, key: feeding.task.prepare(loader.batch(feed, step), key)
+    )
     key, steps = jax.random.key(0), enumerate(feeds)
 
     def call() -> Any:
-        found = itertools.islice(steps, batches)
+        found = itertools.islice(steps, feeding.subject.batches)
         return [make(feed, jnp.int32(step), key) for step, feed in found]
 
     return call
 
 
-def _decoding_call(train: data.Split, order: Shuffled, subject: Subject) -> Call:
+def _decoding_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call:
+    """Returns a function that only decodes the images of batches."""
     steps = itertools.count()
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
 
     def call() -> Any:
-        for step in itertools.islice(steps, subject.batches):
-            records = train.records.__getitems__(order.rows(step).tolist())
+        for step in itertools.islice(steps, batches):
+            records = train.records.__getitems__(sampler.rows(step).tolist())
             for field in fields:
                 for record in records:
                     decode(record[field.feature], field.channels)
@@ -242,8 +236,8 @@ def _decoding_call(train: data.Split, order: Shuffled, subject: Subject) -> Call
     return call
 
 
-def _numpy_call(train: data.Split, order: Shuffled, subject: Subject) -> Call:
-    """Gathers, pads, crops, mirrors and normalises, batch by batch."""
+def _numpy_call(train: data.Split, sampler: RandomSampler, batches: int) -> Call:
+    """Returns a function that gathers and augments batches with NumPy."""
     arrays = {
         name: np.array(array)
         for name, array in train.arrays().items()
@@ -253,27 +247,26 @@ def _numpy_call(train: data.Split, order: Shuffled, subject: Subject) -> Call:
     random = np.random.default_rng(0)
     height, width = train.reader.size
 
-    def change(batch: np.ndarray, y: int, x: int, mirrored: np.ndarray) -> np.ndarray:
+    def change(batch: np.ndarray, y: int, x: int, flipped: np.ndarray) -> np.ndarray:
         pad = ((0, 0), (4, 4), (4, 4), *((0, 0),) * (batch.ndim - 3))
         batch = np.pad(batch, pad)[:, y : y + height, x : x + width]
-        batch[mirrored] = batch[mirrored, :, ::-1]
+        batch[flipped] = batch[flipped, :, ::-1]
         return (batch / np.float32(255) - np.float32(0.5)) * np.float32(4)
 
     def call() -> Any:
-        for step in itertools.islice(steps, subject.batches):
-            rows = order.rows(step)
+        for step in itertools.islice(steps, batches):
+            rows = sampler.rows(step)
             y, x = random.integers(0, 9, 2)
-            mirrored = random.random(len(rows)) < 0.5
+            flipped = random.random(len(rows)) < 0.5
             for array in arrays.values():
-                change(array[rows], y, x, mirrored)
+                change(array[rows], y, x, flipped)
 
     return call
 
 
-def _tf_batches(train: data.Split, subject: Subject) -> Iterator[Any]:
-    """Encoded images in memory, decoded and cropped as the guide of tf.data has it."""
-    import tensorflow as tf
-
+def _tf_batches(train: data.Split, batch_size: int) -> Generator[Any, None, None]:
+    """Yields batches that tf.data decodes and crops, as its guide does."""
+    tf: Any = importlib.import_module("tensorflow")
     fields = [f for f in train.reader.fields.values() if f.kind != "label"]
     num = min(len(train), 10_000)
     records = train.records.__getitems__(list(range(num)))
@@ -295,46 +288,51 @@ def _tf_batches(train: data.Split, subject: Subject) -> Iterator[Any]:
     )
     stream = stream.shuffle(num).repeat()
     stream = stream.map(load, num_parallel_calls=tf.data.AUTOTUNE)
-    stream = stream.batch(subject.batch_size, drop_remainder=True)
+    stream = stream.batch(batch_size, drop_remainder=True)
     yield from stream.prefetch(2).as_numpy_iterator()
 
 
-def _step_calls(
-    dataset: data.Dataset, subject: Subject, stack: contextlib.ExitStack
-) -> tuple[dict[str, Call], dict[str, Call]]:
-    """Training steps with a constant batch and with each way of input."""
-    train = dataset.split("train")
-    order = Shuffled((0, 0), len(train), subject.batch_size)
-    change = subject.augment(dataset)
-    batch = jax.device_put(train.read(order.rows(0)))
-    ready = jax.jit(change)(jax.random.key(0), batch)
-    same = subject.task(dataset, lambda key, batch: batch)
-    real = subject.task(dataset, change)
-    constant = (same, itertools.repeat(ready), lambda feed, step: feed)
-    calls, before = {"constant batch": _step_call(*constant)}, {}
-    for name, (way, feeds) in _ways(train, order, stack).items():
-        calls[name] = _step_call(real, feeds, way.batch)
-        if isinstance(way, GrainLoader):
+def _step_calls(feeding: _Feeding) -> tuple[Calls, Calls]:
+    """Returns training steps on a constant batch and with each loader.
+
+    The second result has functions that empty the buffers of the loaders.
+    """
+    task = feeding.task
+    batch = jax.device_put(feeding.train.read(feeding.sampler.rows(0)))
+    ready = jax.jit(task.prepare)(batch, jax.random.key(0))
+    unchanged = dataclasses.replace(task, augment=lambda key, batch: batch)
+    calls = {
+        "constant batch": _step_call(
+            unchanged, itertools.repeat(ready), lambda feed, step: feed
+        )
+    }
+    before: Calls = {}
+    for name, (loader, feeds) in feeding.open().items():
+        calls[name] = _step_call(task, feeds, loader.batch)
+        if isinstance(loader, GrainLoader):
             before[name] = _drain(feeds)
-    calls = {name: _repeated(call, subject.steps) for name, call in calls.items()}
-    return calls, before
+    steps = feeding.subject.steps
+    return {name: _repeated(call, steps) for name, call in calls.items()}, before
 
 
-def _step_call(task: Any, feeds: Iterator[Any], batch: Callable[..., Any]) -> Call:
-    models = task.create_networks(nnx.Rngs(0))
+def _step_call(
+    task: ImageTask, feeds: Iterator[Any], make_batch: Callable[..., Batch]
+) -> Call:
+    """Returns a function that takes one training step."""
+    networks = task.create_networks(nnx.Rngs(0))
     tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
-    networks = {name: Network(split(model)[0], tx) for name, model in models.items()}
-    train_step = make_train_step(task, networks)
-    state = new_state(models, networks, jax.random.key(0))
+    trainables = {name: Trainable(split(n)[0], tx) for name, n in networks.items()}
+    train_step = make_train_step(task, trainables)
+    state = init_state(networks, trainables, jax.random.key(0))
     step = jax.jit(
-        lambda state, feed: train_step(state, batch(feed, state.step)),
+        lambda state, feed: train_step(state, make_batch(feed, state.step)),
         donate_argnums=0,
     )
 
     def call() -> Any:
         nonlocal state
-        state, scalars = step(state, next(feeds))
-        return scalars
+        state, metrics = step(state, next(feeds))
+        return metrics
 
     return call
 
@@ -343,79 +341,71 @@ def _repeated(call: Call, times: int) -> Call:
     return lambda: [call() for _ in range(times)]
 
 
-def measure(subject: Subject, rounds: int, data_dir: Path | None) -> list[Measurement]:
-    """Times input alone, then steps, of one dataset."""
-    dataset = data.load(subject.name, data_dir=data_dir)
-    measurements = []
-    for part, make, reference, number in (
-        ("input alone", _loaders, "memory", subject.batches),
+def measure(subject: Subject, rounds: int) -> list[Measurement]:
+    """Times loading without training, then training steps, on one dataset."""
+    config, measurements = subject.config, []
+    for part, make_calls, reference, count in (
+        ("input alone", _loader_calls, "in memory", subject.batches),
         ("training step", _step_calls, "constant batch", subject.steps),
     ):
         with contextlib.ExitStack() as stack:
-            calls, before = make(dataset, subject, stack)
+            calls, before = make_calls(_Feeding(subject, stack))
             seconds = interleave(calls, rounds, before)
         for name, times in seconds.items():
-            each = statistics.median(times) / number
+            each = statistics.median(times) / count
             measurements.append(
                 Measurement(
-                    dataset=subject.name,
+                    dataset=config.data.dataset,
                     part=part,
                     name=name,
-                    batch_size=subject.batch_size,
+                    batch_size=config.batch_size,
                     seconds=each,
-                    images_per_second=subject.batch_size / each,
+                    images_per_second=config.batch_size / each,
                     ratio=ratio(times, seconds[reference]),
                 )
             )
     return measurements
 
 
+@settings
+class InputConfig:
+    """Time each way of images to the training step, and what it costs the step."""
+
+    cifar10: str = "image_folder/cifar10"
+    """Name of a prepared dataset of small images, to classify."""
+    camvid: str = "camvid"
+    """Name of a prepared dataset of larger images, to segment."""
+    rounds: Positive[int] = 10
+    """Number of rounds; each way is timed once in a round."""
+    data_dir: Path | None = None
+    """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
+
+
 def input(
-    cifar10: str = "image_folder/cifar10",
-    camvid: str = "camvid",
-    rounds: int = 10,
-    data_dir: Path | None = None,
+    config: Annotated[InputConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
     """Time each way of images to the training step, and what it costs the step.
 
     Args:
-      cifar10: name of a prepared dataset of small images, to classify.
-      camvid: name of a prepared dataset of larger ones, to segment.
-      rounds: how often each is timed.
-      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
-      run_dir: folder for the results; a new one under runs/ if unset.
+      config: what to time.
+      run_dir: folder of the results; a new one under runs/ if unset.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds must be at least 1, got {rounds}")
-    console = make_console()
-    config = {"cifar10": cifar10, "camvid": camvid, "rounds": rounds}
-    subjects = _subjects(cifar10, camvid)
-    for subject in subjects:  # what is missing is said before anything is timed
-        data.open_prepared(subject.name, data_dir=data_dir)
-    with open_run_folder(run_dir, "input", config, resume=False) as folder:
-        folder.start()
+    for name in (config.cifar10, config.camvid):  # before anything is timed
+        data.open_prepared(name, data_dir=config.data_dir)
+    described = dataclasses.asdict(config)
+    with open_report("input", described, run_dir) as report:
+        report.folder.start()
         measurements = []
-        with shown_on(console)("timing", len(subjects)) as reporter:
+        subjects = _subjects(config.cifar10, config.camvid, config.data_dir)
+        with shown_on(report.console)("timing", len(subjects)) as reporter:
             for subject in subjects:
-                measurements += measure(subject, rounds, data_dir)
+                measurements += measure(subject, config.rounds)
                 reporter.advance()
-        _write(folder.path / "rows.csv", measurements)
-        for name in dict.fromkeys((m.dataset, m.part) for m in measurements):
-            found = [m for m in measurements if (m.dataset, m.part) == name]
-            console.print(_table(": ".join(name), found), soft_wrap=False)
-        console.print(f"Written to {folder.path}")
-
-
-def _table(title: str, measurements: list[Measurement]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in ("way", "images/s", "ms/batch", "time to first [10 %, 90 %]"):
-        table.add_column(name, no_wrap=True)
-    for m in measurements:
-        spread = f"{m.ratio.median:.2f} [{m.ratio.low:.2f}, {m.ratio.high:.2f}]"
-        row = (f"{m.images_per_second:,.0f}", f"{1000 * m.seconds:.1f}", spread)
-        table.add_row(m.name, *row)
-    return table
+        versions = {name: _version(name) for name in _PACKAGES}
+        report.save_rows(rows_of(measurements, versions))
+        for title, group in itertools.groupby(measurements, _title):
+            report.show(_HEADER, list(map(_cells, group)), title)
 
 
 def _version(package: str) -> str:
@@ -425,12 +415,17 @@ def _version(package: str) -> str:
         return ""
 
 
-def _write(path: Path, measurements: list[Measurement]) -> None:
-    where = environment() | {name: _version(name) for name in _PACKAGES}
-    rows = [dataclasses.asdict(m) | where for m in measurements]
-    for row in rows:
-        row |= {f"ratio_{k}": v for k, v in row.pop("ratio")._asdict().items()}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _title(m: Measurement) -> str:
+    return f"{m.dataset}: {m.part}"
+
+
+_HEADER = ("way", "images/s", "ms/batch", "time to first [10 %, 90 %]")
+
+
+def _cells(m: Measurement) -> tuple[str, ...]:
+    return (
+        m.name,
+        f"{m.images_per_second:,.0f}",
+        f"{1000 * m.seconds:.1f}",
+        with_range(*m.ratio),
+    )

@@ -1,42 +1,39 @@
 """What each network costs: parameters, FLOPs, compilation, time and memory.
 
-FLOPs of a forward are XLA's own count, before it optimises, beside the multiply-adds
-that were published for the same form; a multiply-add is two FLOPs. A training step is
-the forward, the gradient and SGD with momentum, as one compiled function that reuses
-the memory of its state.
+The FLOPs of a forward pass are as XLA counts them before it optimizes. They can be
+compared with the multiply-adds that were published for the same form of the network; a
+multiply-add is two FLOPs. A training step is the forward pass, the gradient and SGD
+with momentum, in one compiled function that reuses the memory of its state.
 """
 
-import csv
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
-from rich import box
-from rich.table import Table
 
 import models
+from benchmarks.report import ROWS, Row, open_report
 from benchmarks.timing import interleave
 from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
-from train.output.run_folder import environment, open_run_folder
-from train.progress import make_console, shown_on
+from train.output.run_folder import environment
+from train.progress import shown_on
+from train.settings import Positive, settings
 
-Tree = Any
-Row = dict[str, Any]
-Dtype = Literal["float32", "bfloat16"]
+Tree: TypeAlias = Any
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
-_ROWS = "rows.jsonl"
-
-# Billions of multiply-adds of a forward on one image, as torchvision documents them
-# with its weights (https://docs.pytorch.org/vision/stable/models.html, "GFLOPS"). It
-# counts convolutions and matrix products alone.
+# Billions of multiply-adds of a forward pass on one image, as torchvision documents
+# them with its weights (https://docs.pytorch.org/vision/stable/models.html, "GFLOPS").
+# It counts convolutions and matrix products alone.
 PUBLISHED_MULTIPLY_ADDS = {
     "resnet18": 1.814,
     "resnet34": 3.664,
@@ -50,8 +47,8 @@ PUBLISHED_MULTIPLY_ADDS = {
     "vit_b_16": 17.564,
 }
 
-# Multiplications and additions per second of dense matrices in bfloat16, by the data
-# sheets, for the kinds of device that jax names so.
+# Operations per second on dense matrices in bfloat16, from the data sheets, by the name
+# that JAX has for the kind of device.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
@@ -59,30 +56,30 @@ PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 class Measurement:
     """One row of the results.
 
-    Times are medians over the rounds with their 10 % and 90 % quantiles.
+    Times are medians over the rounds, with their 10 % and 90 % quantiles.
 
     Attributes:
-      network: its name in the catalogue.
-      dtype: of the computation; parameters are float32.
-      batch_size: images in a forward or step.
+      network: name of the network in the catalogue.
+      dtype: dtype of the computation; parameters are float32.
+      batch_size: images in a forward pass or training step.
       input_shape: (height, width, channels) of an image.
-      parameters: that are trained.
-      forward_gflop: of one image, by XLA.
-      published_gflop: of one image, where they are documented.
-      forward_compile_seconds: from tracing to the compiled forward.
-      step_compile_seconds: from tracing to the compiled training step.
-      forward_seconds: of a batch, in evaluation.
+      parameters: number of trained parameters.
+      forward_gflop: billions of FLOPs for one image, as XLA counts them.
+      published_gflop: the published number of the same; None if there is none.
+      forward_compile_seconds: time to trace and compile the forward pass.
+      step_compile_seconds: time to trace and compile the training step.
+      forward_seconds: time of the forward pass of a batch, in evaluation mode.
       forward_seconds_low: its 10 % quantile.
       forward_seconds_high: its 90 % quantile.
-      step_seconds: of a training step.
+      step_seconds: time of a training step.
       step_seconds_low: its 10 % quantile.
       step_seconds_high: its 90 % quantile.
-      forward_bytes: arguments, results and temporaries of the compiled forward.
-      step_bytes: the same of the training step, what it reuses counted once.
-      device_peak_bytes: most memory that the device had in use until now, where it
-        counts that and this network is what raised it.
-      share_of_peak: FLOPs of a step by XLA, per second, in those of the device; of
-        bfloat16 on devices in `PEAK_FLOPS`.
+      forward_bytes: arguments, results and temporaries of the compiled forward pass.
+      step_bytes: the same for the training step; reused memory counts once.
+      device_peak_bytes: the most memory that the device has had in use so far; None if
+        the device does not count it, or an earlier network needed more.
+      share_of_peak: FLOPs per second of a step as a share of what the device can do;
+        only for bfloat16 on devices in `PEAK_FLOPS`.
     """
 
     network: str
@@ -108,7 +105,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Program:
-    """A compiled function, with what XLA says of it."""
+    """A compiled function, with what XLA says about it."""
 
     run: Callable[..., Tree]
     compile_seconds: float
@@ -116,16 +113,17 @@ class _Program:
     bytes: int
 
 
-def _compile(function: Callable[..., Tree], *shapes: Tree, **options) -> _Program:
+def _compile(function: Callable[..., Tree], *shapes: Tree, **options: Any) -> _Program:
     start = time.perf_counter()
     lowered = jax.jit(function, **options).lower(*shapes)
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
+    costs: Any = lowered.cost_analysis()
     return _Program(
         run=compiled,
         compile_seconds=seconds,
-        flop=lowered.cost_analysis()["flops"],
+        flop=costs["flops"],
         bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
@@ -134,9 +132,9 @@ def _compile(function: Callable[..., Tree], *shapes: Tree, **options) -> _Progra
 
 
 def _values(shapes: Tree) -> Tree:
-    """Arrays of such shapes, made without the compilation that initializers need.
+    """Makes arrays of such shapes, without the compilation that initializers need.
 
-    Kernels are small random numbers, as a GPU is faster on constants; vectors, which
+    Kernels are small random numbers, as a GPU is faster on constants. Vectors, which
     are scales, biases and statistics, are ones.
     """
     random = np.random.default_rng(0)
@@ -154,8 +152,9 @@ def _values(shapes: Tree) -> Tree:
 
 
 def _cross_entropy(model: nnx.Module, images: jax.Array) -> tuple[jax.Array, None]:
-    """Of the first class, for every image or pixel."""
-    return -jax.nn.log_softmax(model(images))[..., 0].mean(), None
+    """Returns the loss if every image or pixel is of the first class."""
+    logits: jax.Array = model(images)
+    return -jax.nn.log_softmax(logits)[..., 0].mean(), None
 
 
 def _mean_square(model: nnx.Module, images: jax.Array) -> tuple[jax.Array, None]:
@@ -171,25 +170,26 @@ def measure(name: str, dtype: Dtype, batch_size: int, rounds: int) -> Measuremen
     loss = _cross_entropy if entry.task != "translation" else _mean_square
     sgd = optax.sgd(0.01, momentum=0.9)
 
-    def forward(params: Tree, model_state: Tree, images: jax.Array) -> jax.Array:
+    def predict(params: Tree, model_state: Tree, images: jax.Array) -> jax.Array:
         model = nnx.view(
             nnx.merge(graphdef, params, model_state),
             use_running_average=True,
             deterministic=True,
             raise_if_not_found=False,
         )
-        return model(images)
+        logits: jax.Array = model(images)
+        return logits
 
-    def step(state: Tree, images: jax.Array) -> Tree:
+    def train_step(state: Tree, images: jax.Array) -> Tree:
         params, model_state, opt_state = state
         out = batch_gradients(loss, graphdef, params, model_state, images)
         updates, opt_state = sgd.update(out.grads, opt_state, params)
         return optax.apply_updates(params, updates), out.model_state, opt_state
 
     images = jax.ShapeDtypeStruct((batch_size, *entry.input_shape), jnp.float32)
-    forward = _compile(forward, *variables, images)
+    forward = _compile(predict, *variables, images)
     state = (*variables, jax.eval_shape(sgd.init, variables[0]))
-    step = _compile(step, state, images, donate_argnums=0)
+    step = _compile(train_step, state, images, donate_argnums=0)
 
     peak_before = _device_peak()
     variables, state, images = _values((variables, state, images))
@@ -227,7 +227,7 @@ def measure(name: str, dtype: Dtype, batch_size: int, rounds: int) -> Measuremen
 
 
 def _device_peak() -> int | None:
-    """Most bytes in use since this process began, if the device counts them."""
+    """Returns the most bytes in use since this process began, if they are counted."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -236,71 +236,94 @@ def _share_of_peak(dtype: Dtype, flops: float) -> float | None:
     return flops / peak if peak and dtype == "bfloat16" else None
 
 
+@settings
+class NetworksConfig:
+    """Compile and time each network, and say how large it is."""
+
+    names: tuple[str, ...] = ("*",)
+    """Names of networks, or shell patterns for them."""
+    batch_size: Positive[int] = 2
+    """Images in a forward pass or training step."""
+    rounds: Positive[int] = 5
+    """Number of rounds; each network is timed once in a round."""
+    dtype: Dtype | None = None
+    """Dtype of the computation; float32 if unset, and on a GPU bfloat16 as well."""
+
+    def __post_init__(self) -> None:
+        for pattern in self.names:
+            if not models.names(pattern):
+                known = ", ".join(models.names())
+                raise UsageError(f"no network is named {pattern!r}; known: {known}")
+
+    @property
+    def networks(self) -> list[str]:
+        """The names of the networks, in the order of the catalogue."""
+        chosen = {name for pattern in self.names for name in models.names(pattern)}
+        return [name for name in models.names() if name in chosen]
+
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """The dtypes, on the device that is there."""
+        if self.dtype is not None:
+            return (self.dtype,)
+        if jax.default_backend() == "gpu":
+            return ("float32", "bfloat16")
+        return ("float32",)
+
+
 def networks(
-    names: tuple[str, ...] = ("*",),
-    batch_size: int = 2,
-    rounds: int = 5,
-    dtype: Dtype | None = None,
+    config: Annotated[NetworksConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
     """Compile and time each network, and say how large it is.
 
     Args:
-      names: of the networks, or shell patterns for them.
-      batch_size: images in a forward or training step.
-      rounds: how often each is timed.
-      dtype: of the computation; if unset float32, and on a GPU bfloat16 as well.
-      run_dir: folder for the results; a new one under runs/ if unset. One that holds a
-        part of the same is finished, and nothing in it is measured again.
+      config: what to time.
+      run_dir: folder of the results; a new one under runs/ if unset. If it holds a part
+        of the same results, only what is missing is measured.
     """
-    if rounds < 1 or batch_size < 1:
-        raise UsageError(
-            f"rounds and batch size must be at least 1, got {rounds} and {batch_size}"
-        )
-    for pattern in names:
-        if not models.names(pattern):
-            known = ", ".join(models.names())
-            raise UsageError(f"no network is named {pattern!r}; known: {known}")
-    chosen = [n for n in models.names() if any(n in models.names(p) for p in names)]
-    both = jax.default_backend() == "gpu"
-    dtypes = [dtype] if dtype else ["float32", *["bfloat16"] * both]
-    console = make_console()
-    config = {
-        "networks": chosen,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "dtypes": dtypes,
+    described = {
+        "networks": config.networks,
+        "batch_size": config.batch_size,
+        "rounds": config.rounds,
+        "dtypes": config.dtypes,
     }
-    with open_run_folder(run_dir, "networks", config, resume=True) as folder:
-        done = {(row["network"], row["dtype"]) for row in folder.read(_ROWS)}
-        wanted = [(name, dtype) for name in chosen for dtype in dtypes]
-        missing = [job for job in wanted if job not in done]
+    with open_report("networks", described, run_dir, resume=True) as report:
+        folder = report.folder
+        done = {(row["network"], row["dtype"]) for row in folder.read(ROWS)}
+        jobs = [(name, dtype) for name in config.networks for dtype in config.dtypes]
+        missing = [job for job in jobs if job not in done]
         folder.start()
-        with shown_on(console)("measuring", len(missing)) as reporter:
+        with shown_on(report.console)("measuring", len(missing)) as reporter:
             for name, dtype in missing:
                 reporter.describe(f"{name}, {dtype}")
-                measurement = measure(name, dtype, batch_size, rounds)
-                folder.append(_ROWS, dataclasses.asdict(measurement) | environment())
+                measurement = measure(name, dtype, config.batch_size, config.rounds)
+                folder.append(ROWS, dataclasses.asdict(measurement) | environment())
                 jax.clear_caches()
                 reporter.advance()
-        rows = folder.read(_ROWS)
-        _write(folder.path / "rows.csv", rows)
-        for dtype in dtypes:
+        rows = folder.read(ROWS)
+        report.save_rows(rows)
+        for dtype in config.dtypes:
             found = [row for row in rows if row["dtype"] == dtype]
-            console.print(
-                _table(f"{dtype}, batches of {batch_size}", found), soft_wrap=False
-            )
-        console.print(f"Written to {folder.path}")
+            title = f"{dtype}, batches of {config.batch_size}"
+            report.show(header_of(found), list(map(cells, found)), title)
 
 
 HEADER = ("network", "params", "GFLOP", "compile s", "fwd ms", "step ms", "GB")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """What a table under `HEADER` says of a row, and the share of the peak, if any.
+def header_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Returns `HEADER`, with a column for the share of the peak if a row has one."""
+    if any(row["share_of_peak"] is not None for row in rows):
+        return (*HEADER, "peak")
+    return HEADER
 
-    FLOPs stand before the published ones, compilation of the forward before that of
-    the step, and the step's time before its quantiles in units of itself.
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Returns a row of a table under `HEADER`, with the share of the peak if known.
+
+    FLOPs stand before the published ones, and the compilation of the forward pass
+    before that of the step. The quantiles of the step are relative to its median.
     """
     published, share = row["published_gflop"], row["share_of_peak"]
     step, low, high = (row[f"step_seconds{end}"] for end in ("", "_low", "_high"))
@@ -314,20 +337,3 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row['step_bytes'] / 1e9:.2f}",
         *([f"{share:.0%}"] if share is not None else []),
     )
-
-
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    shares = any(row["share_of_peak"] is not None for row in rows)
-    for name in (*HEADER, *["peak"] * shares):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

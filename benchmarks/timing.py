@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Ratio(NamedTuple):
-    """The median of ratios within rounds, with the middle 80 % of them."""
+    """The median of ratios within rounds, and the range of the middle 80 % of them."""
 
     median: float
     low: float
@@ -22,15 +22,16 @@ def interleave(
     rounds: int,
     before: Mapping[str, Callable[[], Any]] = types.MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Runs every function once in each round, and takes its seconds.
+    """Runs every function once in each round, and returns its seconds.
 
-    A slow moment of the machine then falls on neighbours alike, and the starting
-    function moves on from round to round, so that none always follows the same other.
+    A slow moment of the machine then hits neighbours alike. Each round starts with
+    another function, so that none always follows the same other.
 
     Args:
-      functions: what to time, already compiled; results are waited for.
-      rounds: how often.
-      before: what to do, untimed, each time before some of them.
+      functions: what to time, already compiled; the time ends when results are ready.
+      rounds: number of rounds.
+      before: for some of the functions, what to do before each of their turns; it is
+        not timed.
     """
     names = list(functions)
     for name in names:  # warm-up, not counted

@@ -1,49 +1,49 @@
 """What the techniques cost: one update of a ResNet-50, and one training step.
 
-Times are ratios to a reference in the same round. Beside them stand the bytes that
-the compiled update moves, by XLA's own count, against the least that any
-implementation must move; a plain copy shows what the machine's memory gives.
+Times are ratios to a reference in the same round. The tables also have the bytes that
+the compiled update moves, as XLA counts them, and the least that any implementation
+must move. A plain copy shows what the memory of the machine can do.
 """
 
-import csv
 import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from flax import nnx
-from rich import box
-from rich.table import Table
 
 import models
 import optax_tricks
+from benchmarks.report import open_report, rows_of, with_range
 from benchmarks.timing import Ratio, interleave, ratio
 from optax_tricks.nnx import batch_gradients, split
-from train.errors import UsageError
-from train.output.run_folder import RunFolder, environment, open_run_folder
-from train.progress import make_console
+from train.settings import Positive, settings
 
-Tree = Any
-Transform = optax.GradientTransformationExtraArgs
+Tree: TypeAlias = Any
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
+
+_MODEL = "resnet20"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """Something to time.
+    """A transform to time.
 
     Attributes:
-      name: what the table calls it.
-      transform: the transformation.
+      name: its name in tables.
+      transform: the transform.
       reference: the name of the subject whose time is 1.
-      trees: the least reads and writes of an update, in trees of the parameters'
-        size: every input read once and every output written once, and where a second
-        gradient is not merged into the update, its point and itself both.
-      grad_fn: what gives the second gradient, `quadratic` or `linear`.
+      trees: the least that an update reads and writes, as a number of trees of the size
+        of the parameters. It reads every input once and writes every output once. If a
+        second gradient is not merged into the update, its point and the gradient itself
+        are both written and read.
+      grad_fn: the function that computes the second gradient, `quadratic` or `linear`.
     """
 
     name: str
@@ -122,7 +122,7 @@ def _two_gradient_subjects(grad_fn: str) -> list[Subject]:
 
 
 def resnet50_shapes() -> dict[str, Any]:
-    """Shapes of the parameters of ResNet-50 for ImageNet, 25,557,032 of them."""
+    """Returns the shapes of the 25,557,032 parameters of ResNet-50 for ImageNet."""
     channels = 64
     shapes = {"stem": _conv_and_norm((7, 7, 3, 64))}
     for stage, (blocks, width) in enumerate(
@@ -201,18 +201,19 @@ def measure_updates(rounds: int) -> list[Measurement]:
 
 
 def _linear_layers(params: Tree, examples: int = 128) -> Callable[[Tree, Any], Tree]:
-    """The gradient of a squared error, every kernel a linear layer on some examples.
+    """Returns the gradient of a squared error, where every kernel is a linear layer.
 
-    The cheapest gradient of a network there is, at the mini-batch of the papers. The
-    quadratic beside it is cheaper than any network's: XLA merges it into the update
-    and keeps neither point nor gradient.
+    No gradient of a network is cheaper at the mini-batch of the papers. The quadratic
+    beside it is cheaper than that of any network: XLA merges it into the update, and
+    stores neither its point nor the gradient.
     """
 
     def loss(params: Tree, inputs: Tree) -> jax.Array:
-        def of_layer(w: jax.Array, x: jax.Array) -> jax.Array:
+        def layer_loss(w: jax.Array, x: jax.Array) -> jax.Array:
             return jnp.square(x @ w.reshape(x.shape[1], -1)).mean()
 
-        return sum(jax.tree.leaves(jax.tree.map(of_layer, params, inputs)))
+        total: jax.Array = optax.tree.sum(jax.tree.map(layer_loss, params, inputs))
+        return total
 
     def inputs_of(w: jax.Array) -> jax.Array:
         fan_in = w.size // w.shape[-1] if w.ndim > 1 else 1
@@ -225,12 +226,15 @@ def _linear_layers(params: Tree, examples: int = 128) -> Callable[[Tree, Any], T
 def _update_call(
     transform: Transform, grads: Tree, params: Tree, grad_fn: Callable[..., Tree]
 ) -> tuple[Callable[[], Tree], float]:
-    """A call that updates and keeps the state, and the bytes XLA counts in it."""
+    """Returns a function that updates the state, and the bytes that XLA counts."""
     transform = optax.with_extra_args_support(transform)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        return transform.update(grads, state, params, grad_fn=grad_fn)
+        found: tuple[Tree, Tree] = transform.update(
+            grads, state, params, grad_fn=grad_fn
+        )
+        return found
 
     state = jax.jit(transform.init)(params)
     compiled = update.lower(grads, state, params).compile()
@@ -240,7 +244,8 @@ def _update_call(
         updates, state = compiled(grads, state, params)
         return updates
 
-    return call, compiled.cost_analysis()["bytes accessed"]
+    costs = compiled.cost_analysis() or {}
+    return call, costs["bytes accessed"]
 
 
 def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
@@ -271,8 +276,9 @@ def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
 
 
 def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
+    """Returns a function that takes one training step."""
     transform = optax.with_extra_args_support(transform)
-    model = models.create("resnet20", num_classes=10, rngs=nnx.Rngs(0))
+    model = models.create(_MODEL, num_classes=10, rngs=nnx.Rngs(0))
     graphdef, params, model_state = split(model)
     images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
     labels = jnp.arange(batch_size) % 10
@@ -303,67 +309,48 @@ def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
     return call
 
 
+@settings
+class TransformsConfig:
+    """Time each technique beside transforms of optax."""
+
+    rounds: Positive[int] = 30
+    """Number of rounds; each transform is timed once in a round."""
+    batch_size: Positive[int] = 64
+    """Images in the training step."""
+
+
 def transforms(
-    rounds: int = 30, batch_size: int = 64, run_dir: Path | None = None
+    config: Annotated[TransformsConfig, tyro.conf.OmitArgPrefixes],
+    run_dir: Path | None = None,
 ) -> None:
-    """Time each technique beside optax's members, in ratios with their spread.
+    """Time each technique beside transforms of optax, in ratios with their range.
 
     Args:
-      rounds: how often each is timed.
-      batch_size: images in the training step.
-      run_dir: folder for the results; a new one under runs/ if unset.
+      config: what to time.
+      run_dir: folder of the results; a new one under runs/ if unset.
     """
-    if rounds < 1 or batch_size < 1:
-        raise UsageError(
-            f"rounds and batch size must be at least 1, got {rounds} and {batch_size}"
-        )
-    console = make_console()
-    config = {"rounds": rounds, "batch_size": batch_size}
-    with open_run_folder(run_dir, "transforms", config, resume=False) as folder:
-        folder.start()
-        with console.status("timing updates") as status:
-            measurements = measure_updates(rounds)
+    with open_report("transforms", dataclasses.asdict(config), run_dir) as report:
+        report.folder.start()
+        with report.console.status("timing updates") as status:
+            measurements = measure_updates(config.rounds)
             status.update("timing training steps")
-            measurements += measure_steps(rounds, batch_size)
-        _write(folder, measurements)
-        for part in dict.fromkeys(m.part for m in measurements):
-            console.print(
-                _table(part, [m for m in measurements if m.part == part]),
-                soft_wrap=False,
-            )
-        console.print(f"Written to {folder.path}")
+            measurements += measure_steps(config.rounds, config.batch_size)
+        report.save_rows(rows_of(measurements))
+        for part, reference in dict.fromkeys(map(_group, measurements)):
+            group = [m for m in measurements if _group(m) == (part, reference)]
+            title = f"{part}, relative to {reference}"
+            report.show(_HEADER, list(map(_cells, group)), title)
 
 
-_HEADER = ("member", "ms", "ratio [10 %, 90 %]", "to", "GB/least")
+def _group(m: Measurement) -> tuple[str, str]:
+    return m.part, m.reference
+
+
+_HEADER = ("transform", "ms", "ratio [10 %, 90 %]", "GB/least")
 
 
 def _cells(m: Measurement) -> tuple[str, ...]:
-    cells = (
-        m.name,
-        f"{m.ms:.1f}",
-        f"{m.ratio.median:.2f} [{m.ratio.low:.2f}, {m.ratio.high:.2f}]",
-        m.reference,
-    )
+    cells = (m.name, f"{m.ms:.1f}", with_range(*m.ratio))
     if m.gigabytes_moved is None:
         return (*cells, "")
     return (*cells, f"{m.gigabytes_moved:.2f}/{m.gigabytes_least:.2f}")
-
-
-def _table(part: str, measurements: list[Measurement]) -> Table:
-    table = Table(title=part, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in _HEADER:
-        table.add_column(name, no_wrap=True)
-    for m in measurements:
-        table.add_row(*_cells(m))
-    return table
-
-
-def _write(folder: RunFolder, measurements: list[Measurement]) -> None:
-    where = environment()
-    rows = [dataclasses.asdict(m) | where for m in measurements]
-    for row in rows:
-        row |= {f"ratio_{k}": v for k, v in row.pop("ratio")._asdict().items()}
-    with (folder.path / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.sharding import AxisType, Mesh
+from rich.console import Console, RenderableType
 
 
 def one_device_mesh() -> Mesh:
@@ -24,6 +25,14 @@ def disk_of(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def printed_lines(renderable: RenderableType, *, width: int) -> list[str]:
+    """Returns what a terminal of some width shows."""
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().splitlines()
 
 
 def squeezed(text: str) -> str:

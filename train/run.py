@@ -255,7 +255,7 @@ def run(
         total = config.seeds * program.steps_before(config.epochs)
         with progress("training", total) as reporter, preemption() as preempted:
             for seed in config.all_seeds:
-                output = _SeedOutput(program, seed, folder, reporter, preempted)
+                output = SeedOutput(program, seed, folder, reporter, preempted)
                 state, sums = output.train(warn=console.print)
                 records += output.records
                 if seed == config.seed:
@@ -277,12 +277,15 @@ def run(
         return sorted(records, key=lambda record: (record["epoch"], record["seed"]))
 
 
-class _SeedOutput(Callbacks):
+class SeedOutput(Callbacks):
     """Trains one seed, and saves and shows where it stands.
 
     Attributes:
       records: the metrics of its epochs so far.
+      checkpoints: those of the seed; open while it trains.
     """
+
+    checkpoints: Checkpoints
 
     def __init__(
         self,
@@ -292,6 +295,15 @@ class _SeedOutput(Callbacks):
         reporter: Reporter,
         preempted: Callable[[], bool],
     ):
+        """Takes what it trains and where it writes.
+
+        Args:
+          program: the compiled run.
+          seed: the seed.
+          folder: the folder of the run.
+          reporter: shows progress.
+          preempted: tells whether the process was told to end.
+        """
         self.records: list[Record] = []
         self._program, self._config = program, program.config
         self._seed, self._folder = seed, folder
@@ -302,7 +314,7 @@ class _SeedOutput(Callbacks):
         """Trains to the end, from the last checkpoint on if there is one."""
         folder = self._folder
         with contextlib.ExitStack() as stack:
-            self._checkpoints = stack.enter_context(
+            self.checkpoints = stack.enter_context(
                 Checkpoints(checkpoint_folder(folder.path, self._seed))
             )
             state, seconds = self._restore(warn)
@@ -324,14 +336,14 @@ class _SeedOutput(Callbacks):
                     seconds=seconds,
                 )
             except NonFiniteLossError:
-                self._checkpoints.wait()
-                for step in self._checkpoints.steps()[-1:]:
+                self.checkpoints.wait()
+                for step in self.checkpoints.steps()[-1:]:
                     warn(
                         f"the last good state is kept: checkpoint {step} in "
                         f"{folder.path}"
                     )
                 raise
-            self._checkpoints.wait()
+            self.checkpoints.wait()
             return trained
 
     def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
@@ -361,7 +373,7 @@ class _SeedOutput(Callbacks):
         whole = replicated(self._program.mesh)
         seconds_like = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
         like = (self._program.abstract_state, seconds_like)
-        found = self._checkpoints.restore(like, warn=warn)
+        found = self.checkpoints.restore(like, warn=warn)
         if found is None:
             step, state, seconds = 0, self._program.init_state(self._seed), 0.0
         else:
@@ -386,7 +398,7 @@ class _SeedOutput(Callbacks):
     def _save(self, state: TrainState, seconds: float) -> None:
         whole = replicated(self._program.mesh)
         saved_seconds = put(np.float32(seconds), whole)
-        self._checkpoints.save(int(state.step), (state, saved_seconds))
+        self.checkpoints.save(int(state.step), (state, saved_seconds))
         self._last_save = time.monotonic()
 
     def _end_if_preempted(self, state: TrainState, seconds: float) -> None:
@@ -394,7 +406,7 @@ class _SeedOutput(Callbacks):
         if not self._preempted() or len(self.records) == self._config.epochs:
             return
         self._save(state, seconds)
-        self._checkpoints.wait()
+        self.checkpoints.wait()
         raise PreemptedError(
             f"told to end: saved seed {self._seed} after {int(state.step)} steps to "
             f"{self._folder.path}; the same command goes on from there"

@@ -2,15 +2,15 @@
 
 import csv
 import dataclasses
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import benchmarks.__main__ as command_line
 import benchmarks.input as input_benchmark
+from benchmarks.input import InputConfig
 from train import data
+from train.errors import UsageError
 
 
 def write_photos(folder):
@@ -34,21 +34,21 @@ def write_classes(folder):
         Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "input", *map(str, arguments)])
-    command_line.main()
-
-
 @pytest.mark.slow
-def test_every_way_is_timed(monkeypatch, capsys, tmp_path):
+def test_every_way_is_timed(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(input_benchmark, "_MODEL", "resnet8")
     subjects = input_benchmark._subjects
     monkeypatch.setattr(
         input_benchmark,
         "_subjects",
-        lambda *names: [
-            dataclasses.replace(s, batch_size=8, batches=2, steps=1)
-            for s in subjects(*names)
+        lambda *arguments: [
+            dataclasses.replace(
+                subject,
+                config=dataclasses.replace(subject.config, batch_size=8),
+                batches=2,
+                steps=1,
+            )
+            for subject in subjects(*arguments)
         ],
     )
     write_photos(tmp_path / "photos")
@@ -61,38 +61,44 @@ def test_every_way_is_timed(monkeypatch, capsys, tmp_path):
         classes=["a", "b", "c"],
         **places,
     )
-    arguments = ("--cifar10", "image_folder/small", "--rounds", 1)
-    arguments += (
-        "--camvid",
-        "segmentation_folder/small",
-        "--run-dir",
-        tmp_path / "run",
-    )
-    run(monkeypatch, *arguments, "--data-dir", tmp_path / "prepared")
+    names = ("--cifar10", "image_folder/small", "--camvid", "segmentation_folder/small")
+    folders = ("--data-dir", tmp_path / "prepared", "--run-dir", tmp_path / "run")
+    run("input", *names, *folders, "--rounds", 1)
     with (tmp_path / "run" / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["dataset"] for row in rows} == {
         "image_folder/small",
         "segmentation_folder/small",
     }
-    ways = {(row["part"], row["name"]) for row in rows}
-    for way in ("memory", "stream, threads"):
-        assert ("input alone", way) in ways
-        assert ("training step", way) in ways
+    ways = {(row["dataset"], row["part"], row["name"]) for row in rows}
+    for dataset in ("image_folder/small", "segmentation_folder/small"):
+        for way in ("in memory", "grain, threads"):
+            assert (dataset, "input alone", way) in ways
+            assert (dataset, "training step", way) in ways
+        assert (dataset, "training step", "constant batch") in ways
+        for way in ("PIL, decoding alone", "NumPy, from memory"):
+            assert (dataset, "input alone", way) in ways
     for row in rows:
         expected = int(row["batch_size"]) / float(row["seconds"])
         assert float(row["images_per_second"]) == pytest.approx(expected)
         assert float(row["ratio_median"]) > 0
         assert row["pillow"]
         assert row["commit"]
-    assert "training step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "training step" in printed
+    lines = [line for line in printed.splitlines() if " [" in line]
+    assert len(lines) == len(rows) + 4  # with four headers, and each on one line
+    assert max(map(len, lines)) <= 80
 
 
-def test_what_is_missing_is_said_before_anything_is_timed(monkeypatch, tmp_path):
+def test_what_is_missing_is_said_before_anything_is_timed(run, tmp_path):
     with pytest.raises(
         SystemExit, match=r"error: image_folder/cifar10 is not prepared"
     ):
-        run(monkeypatch, "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
+        run("input", "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(SystemExit, match="rounds must be at least 1, got 0"):
-        run(monkeypatch, "--rounds", 0)
+
+
+def test_bad_numbers_are_refused_from_python_too():
+    with pytest.raises(UsageError, match="rounds must be greater than 0, got 0"):
+        InputConfig(rounds=0)

@@ -2,25 +2,21 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
-from rich.console import Console
 
-import benchmarks.__main__ as command_line
 import models
 from benchmarks import networks
+from benchmarks.networks import NetworksConfig
+from benchmarks.report import make_table
+from tests.shared import printed_lines
+from train.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/networks_cpu.csv"
 SMALL = ("resnet8", "pixelgan")
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "networks", *map(str, arguments)])
-    command_line.main()
 
 
 def test_the_published_counts_are_of_the_same_forms():
@@ -42,14 +38,13 @@ def test_the_published_counts_are_of_the_same_forms():
 
 @pytest.mark.slow
 def test_networks_are_measured_once_and_the_rest_where_it_stopped(
-    monkeypatch, tmp_path, capsys
+    run, monkeypatch, tmp_path, capsys
 ):
     folder = tmp_path / "run"
-    arguments = ("--names", *SMALL, "--rounds", 3, "--run-dir", folder)
-    run(monkeypatch, *arguments)
+    arguments = ("networks", "--names", *SMALL, "--rounds", 3, "--run-dir", folder)
+    run(*arguments)
     printed = capsys.readouterr().out
     assert "resnet8" in printed
-    assert "…" not in printed  # 80 columns hold the table
     lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
     assert [row["network"] for row in rows] == list(SMALL)
@@ -82,7 +77,7 @@ def test_networks_are_measured_once_and_the_rest_where_it_stopped(
         return networks.Measurement(**values)
 
     monkeypatch.setattr(networks, "measure", measure)
-    run(monkeypatch, *arguments)
+    run(*arguments)
     assert measured == [("pixelgan", "float32", 2, 3)]
     with (folder / "rows.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -92,11 +87,12 @@ def test_networks_are_measured_once_and_the_rest_where_it_stopped(
 def test_80_columns_hold_the_largest_networks():
     with RESULTS.open() as file:
         rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(networks._table("float32", rows))
-    assert "resnext101_32x4d" in captured.get()
-    assert "…" not in captured.get()
+    cells = list(map(networks.cells, rows))
+    table = make_table(networks.header_of(rows), cells)
+    lines = printed_lines(table, width=80)
+    assert len(lines) == 2 + len(rows)
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert line.startswith(row["network"])
 
 
 def number(text):
@@ -114,13 +110,28 @@ def test_bfloat16_is_compared_with_what_the_device_can_do(monkeypatch):
     assert networks._share_of_peak("float32", 1e12) is None
 
 
-def test_wrong_settings_are_refused_in_a_line(monkeypatch, tmp_path):
-    folder = tmp_path / "run"
-    for arguments, message in (
-        (("--rounds", 0), "at least 1, got 0 and 2"),
-        (("--batch-size", 0), "at least 1, got 5 and 0"),
-        (("--names", "resnet8", "alexnet*"), r"no network is named 'alexnet\*'; known"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            run(monkeypatch, *arguments, "--run-dir", folder)
-    assert not folder.exists()
+def test_names_are_patterns_in_the_order_of_the_catalogue():
+    config = NetworksConfig(names=("vit_*", "resnet8", "resnet*"))
+    assert config.networks[0] == "resnet8"
+    assert len(config.networks) == len(set(config.networks))
+    assert set(config.networks) == set(models.names("vit_*") + models.names("resnet*"))
+    assert NetworksConfig().networks == list(models.names())
+    with pytest.raises(UsageError, match=r"no network is named 'alexnet\*'; known: "):
+        NetworksConfig(names=("alexnet*",))
+
+
+def test_a_gpu_computes_in_bfloat16_as_well(monkeypatch):
+    assert NetworksConfig().dtypes == ("float32",)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert NetworksConfig().dtypes == ("float32", "bfloat16")
+    assert NetworksConfig(dtype="float32").dtypes == ("float32",)
+
+
+def test_the_share_of_the_peak_has_a_column_where_it_is_known():
+    with RESULTS.open() as file:
+        row = {k: number(v) for k, v in next(csv.DictReader(file)).items()}
+    assert networks.header_of([row]) == networks.HEADER
+    assert len(networks.cells(row)) == len(networks.HEADER)
+    row["share_of_peak"] = 0.25
+    assert networks.header_of([row])[-1] == "peak"
+    assert networks.cells(row)[-1] == "25%"

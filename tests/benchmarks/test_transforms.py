@@ -1,13 +1,15 @@
+"""The benchmark of the transforms, on small arrays."""
+
 import csv
 import math
-import sys
 
 import jax
 import pytest
 
-import benchmarks.__main__ as command_line
 from benchmarks import transforms
+from benchmarks.transforms import TransformsConfig
 from train.errors import UsageError
+from train.optim.techniques import TECHNIQUES
 
 
 def _leaves(shapes):
@@ -20,18 +22,26 @@ def test_the_tree_is_that_of_a_resnet50():
     assert len(shapes) == 161
 
 
-def test_the_benchmark_runs_and_writes_its_rows(monkeypatch, tmp_path, capsys):
+def test_the_benchmark_runs_and_writes_its_rows(run, monkeypatch, tmp_path, capsys):
     small = {"conv": {"kernel": (3, 3, 4, 8)}, "head": {"kernel": (8, 2), "bias": (2,)}}
     monkeypatch.setattr(transforms, "resnet50_shapes", lambda: small)
+    monkeypatch.setattr(transforms, "_MODEL", "resnet8")
     folder = tmp_path / "times"
-    arguments = ["transforms", "--rounds", "2", "--batch-size", "2", "--run-dir"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, str(folder)])
-    command_line.main()
+    run("transforms", "--rounds", 2, "--batch-size", 2, "--run-dir", folder)
     with (folder / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     printed = capsys.readouterr().out
-    assert "perturbed_unit, linear" in printed
-    assert "…" not in printed  # 80 columns hold the tables
+    table = [line for line in printed.splitlines() if " [" in line]
+    references = {(row["part"], row["reference"]) for row in rows}
+    assert len(table) == len(rows) + len(references)  # with headers, each on one line
+    assert max(map(len, table)) <= 80
+    for row in rows:
+        assert row["name"] in printed
+    # Each technique is timed in both parts.
+    for part in {row["part"] for row in rows}:
+        names = " ".join(row["name"] for row in rows if row["part"] == part)
+        for technique in TECHNIQUES:
+            assert technique in names
     for row in rows:
         low, median, high = (
             float(row[f"ratio_{name}"]) for name in ("low", "median", "high")
@@ -47,6 +57,6 @@ def test_the_benchmark_runs_and_writes_its_rows(monkeypatch, tmp_path, capsys):
             assert float(row["gigabytes_moved"]) >= float(row["gigabytes_least"])
 
 
-def test_bad_numbers_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="at least 1, got 0 and 64"):
-        transforms.transforms(rounds=0, run_dir=tmp_path)
+def test_bad_numbers_are_refused_from_python_too():
+    with pytest.raises(UsageError, match="rounds must be greater than 0, got 0"):
+        TransformsConfig(rounds=0)
