@@ -41,8 +41,10 @@ class Report:
             writer.writerows(rows)
 
     def show(self, header: Cells, rows: Sequence[Cells], title: str = "") -> None:
-        """Prints a table."""
-        self.console.print(make_table(header, rows, title), soft_wrap=False)
+        """Prints a table under its title."""
+        if title:
+            self.console.print(f"\n{title}")
+        self.console.print(make_table(header, rows), soft_wrap=False)
 
 
 @contextlib.contextmanager
@@ -66,9 +68,9 @@ def open_report(
         console.print(f"Written to {folder.path}")
 
 
-def make_table(header: Cells, rows: Sequence[Cells], title: str = "") -> Table:
+def make_table(header: Cells, rows: Sequence[Cells]) -> Table:
     """Makes a narrow table, as log files have 80 columns; cells wrap if they must."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for name in header:
         table.add_column(name)
     for row in rows:
