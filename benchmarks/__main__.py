@@ -26,7 +26,7 @@ def main() -> None:
         with wrong_settings_exit():
             app.cli(
                 prog="python -m benchmarks",
-                description="Measure what helps, and what it costs.",
+                description="Measure which techniques help, and what they cost.",
                 args=sys.argv[1:] or ["--help"],
             )
     except (UsageError, OSError) as error:

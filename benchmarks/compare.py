@@ -118,7 +118,7 @@ class CompareConfig:
     seeds: Annotated[int, pydantic.Field(ge=2)] = 5
     """Runs of each method, at least 2; all methods have the same seeds."""
     eval_split: Literal["test", "validation"] = "test"
-    """Split to evaluate on; validation is to choose settings by, and holds out a fifth
+    """Split to evaluate on; validation is for choosing settings, and holds out a fifth
     of the training images if the dataset has no such split."""
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods instead of each one's own."""
@@ -142,11 +142,11 @@ def compare(
     config: Annotated[CompareConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Train plain SGD and each technique over the same seeds, and say which helped.
+    """Train with plain SGD and with each technique, and say which helped.
 
     Args:
-      task: what to train for.
-      config: what to compare, and on what.
+      task: the task of the networks.
+      config: settings of the study.
       run_dir: folder of the results; a new one under runs/ if unset. If it holds a part
         of the same study, only what is missing is run.
     """

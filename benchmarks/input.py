@@ -369,7 +369,7 @@ def measure(subject: Subject, rounds: int) -> list[Measurement]:
 
 @settings
 class InputConfig:
-    """Time each way of images to the training step, and what it costs the step."""
+    """Time each way to load images, and what it costs the training step."""
 
     cifar10: str = "image_folder/cifar10"
     """Name of a prepared dataset of small images, to classify."""
@@ -385,7 +385,7 @@ def input(
     config: Annotated[InputConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Time each way of images to the training step, and what it costs the step.
+    """Time each way to load images, and what it costs the training step.
 
     Args:
       config: what to time.

@@ -337,7 +337,7 @@ def measure(
 
 @settings
 class LoopConfig:
-    """Time the training loop beside its bare steps, and each technique in it."""
+    """Time the training loop against its bare steps, and with each technique."""
 
     cifar10: str = "image_folder/cifar10"
     """Name of a prepared dataset of small images for a ResNet-20; left out if it is not
@@ -352,7 +352,7 @@ def loop(
     config: Annotated[LoopConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Time the training loop beside its bare steps, and each technique in it.
+    """Time the training loop against its bare steps, and with each technique.
 
     Args:
       config: what to time.

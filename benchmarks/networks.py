@@ -238,7 +238,7 @@ def _share_of_peak(dtype: Dtype, flops: float) -> float | None:
 
 @settings
 class NetworksConfig:
-    """Compile and time each network, and say how large it is."""
+    """Compile and time each network, and report its size."""
 
     names: tuple[str, ...] = ("*",)
     """Names of networks, or shell patterns for them."""
@@ -275,7 +275,7 @@ def networks(
     config: Annotated[NetworksConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Compile and time each network, and say how large it is.
+    """Compile and time each network, and report its size.
 
     Args:
       config: what to time.

@@ -311,7 +311,7 @@ def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
 
 @settings
 class TransformsConfig:
-    """Time each technique beside transforms of optax."""
+    """Time each technique against transforms of optax."""
 
     rounds: Positive[int] = 30
     """Number of rounds; each transform is timed once in a round."""
@@ -323,7 +323,7 @@ def transforms(
     config: Annotated[TransformsConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Time each technique beside transforms of optax, in ratios with their range.
+    """Time each technique against transforms of optax.
 
     Args:
       config: what to time.

@@ -44,16 +44,17 @@ def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., No
         """Train.
 
         Args:
-          config: what is trained.
-          recipe: settings to start from, which other flags change; `python -m train
-            recipes` lists them.
-          run_dir: folder of metrics, checkpoints and figures; a new one under runs/ if
+          config: settings of the training.
+          recipe: settings of a paper to start from, which other flags override;
+            `python -m train recipes` lists them.
+          run_dir: folder for metrics, checkpoints and figures; a new one under runs/ if
             unset.
-          resume: auto continues a run in the folder if it has the same settings.
-          coordinator: HOST:PORT of the first of several processes; not needed with
-            SLURM, Open MPI and on TPUs.
-          num_processes: number of processes.
-          process_id: number of this process, from 0.
+          resume: auto continues the run in the folder if its settings are the same;
+            never refuses a folder with a run.
+          coordinator: HOST:PORT of the first process, if several train together; not
+            needed with SLURM, Open MPI and on TPUs.
+          num_processes: number of processes that train together.
+          process_id: number of this process, counted from 0.
         """
         del recipe  # its settings are the defaults of the config
         start_distributed(coordinator, num_processes, process_id)
@@ -67,7 +68,7 @@ def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., No
 
 
 def _techniques() -> None:
-    """List the techniques and places for --techniques, optimizers and schedules."""
+    """List the values of --techniques, --optimizer and --schedule."""
     techniques = {
         name: f"{row.title} ({row.paper}): {row.idea}"
         for name, row in TECHNIQUES.items()
@@ -84,7 +85,7 @@ def _techniques() -> None:
 
 
 def _recipes() -> None:
-    """List the settings of papers for --recipe."""
+    """List the recipes, which are settings of papers, for --recipe."""
     for name, make in RECIPES.items():
         line, _, rest = (make.__doc__ or "").strip().partition("\n")
         print(f"{name}\n  {line}")
@@ -133,12 +134,12 @@ def _compare(
     count: int = 6,
     output: Path = Path("comparison.png"),
 ) -> None:
-    """Draw what several runs predict for the same examples, side by side.
+    """Draw the predictions of several runs for the same examples, side by side.
 
     Args:
       runs: folders of runs of one task on one dataset.
-      labels: what to call each of them; the names of their folders if unset.
-      count: number of examples of the evaluation split.
+      labels: a label for each run; the names of the folders if unset.
+      count: number of examples to draw from the evaluation split.
       output: PNG file to write.
     """
     from train import predict

@@ -34,27 +34,27 @@ class TrainingConfig:
     batch_size: _AtLeast1 = 100
     """Examples in a step, over all devices."""
     grad_accum: _AtLeast1 = 1
-    """Parts that a batch is split into, one after the other, to save memory."""
+    """Number of parts that a batch is split into, to save memory."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = (
         dataclasses.field(default_factory=OptimizerConfig)
     )
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation; parameters, statistics and optimizer are
+    """Precision of the computation; parameters, statistics and optimizer states stay
     float32."""
     ema: Fraction[float] = 0.0
-    """Decay of a moving average of the network, which is then evaluated; 0 for none."""
+    """Decay of a moving average of the network that is evaluated; 0 for none."""
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
-    """Determines parameters, order of examples, augmentation and random factors."""
+    """Seed of parameters, order of examples, augmentation and random factors."""
     seeds: _AtLeast1 = 1
-    """Number of runs, from this seed and those that follow it."""
+    """Number of runs, whose seeds count up from `seed`."""
     shard_params: bool = False
     """Shard large parameters and optimizer states over the devices."""
     log_every: _AtLeast1 = 50
-    """Steps between two lines of metrics, and checks that the loss is finite."""
+    """Steps between two lines of metrics, and between two checks of the loss."""
     eval_every: _AtLeast1 = 1
     """Epochs between two evaluations."""
     checkpoint_minutes: Annotated[float, pydantic.Field(ge=0)] = 1.0
-    """Least time between two checkpoints, which are saved at the end of epochs."""
+    """Least minutes between two checkpoints, which are saved at the end of epochs."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.grad_accum:

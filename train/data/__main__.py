@@ -33,7 +33,8 @@ def list_datasets(data_dir: DataDir = None) -> None:
     """List the datasets that can be prepared, and those that are prepared.
 
     Args:
-      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
     """
     table = Table("name", "what it is", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, builder in data.BUILDERS.items():
@@ -65,7 +66,8 @@ def prepare(
       name: name of the dataset; your own is image_folder/NAME,
         segmentation_folder/NAME or paired_images/NAME.
       source: folder, zip or tar with the files.
-      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
       skip_bad: leave out files that cannot be used, and list them.
       test_fraction: share of your own data to test on, if it has no split folders.
       classes: names of the classes in your own masks, from value 0: road,car,sky.
@@ -109,7 +111,8 @@ def info(name: Name, data_dir: DataDir = None) -> None:
 
     Args:
       name: name of the dataset.
-      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
     """
     found = data.open_prepared(name, data_dir=data_dir, progress=progress)
     measured = found.statistics(progress)
@@ -191,7 +194,8 @@ def show(
       task: task whose images are drawn, if the dataset serves several.
       count: number of examples to draw.
       seed: seed of the choice.
-      data_dir: folder of prepared datasets; $TFDS_DATA_DIR if unset.
+      data_dir: folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if
+        unset.
     """
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
@@ -216,7 +220,7 @@ def show(
     title = f"{name}, {count} of {len(source):,} in {split}"
     if "label" in fields:
         labels = np.stack(arrays["label"])
-        names = (*found.class_names, "unlabelled")  # -1 means unlabelled
+        names = (*found.class_names, "unlabeled")  # -1 means unlabeled
         captions = [names[label] for label in labels]
         images = {"image": arrays["image"]}
         plots.save_images(images, path, title=title, captions=captions)

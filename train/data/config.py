@@ -65,21 +65,19 @@ class DataConfig:
     """Split to evaluate on; a fifth of the training images is held out for validation
     if the dataset has no such split."""
     image_size: Size = None
-    """Height and width to which images are brought; needed only if they differ in
-    size."""
+    """Resize images to this height and width; needed only if they differ in size."""
     crop: Size = None
-    """Height and width to which training images are cropped at random; not cropped if
-    unset."""
+    """Height and width of random crops of training images; not cropped if unset."""
     augment: Annotated[tuple[str, ...], NameList("augmentation", AUGMENTATIONS)] = ()
     """Random changes of training images: pad_crop, random_flip, random_resized_crop,
     random_scale_crop, color_jitter, cutout."""
     direction: Literal["AtoB", "BtoA"] = "AtoB"
     """Which half of a pair is translated into the other; A is on the left."""
     loader: Literal["auto", "memory", "grain"] = "auto"
-    """Whether images are kept in the memory of the device or decoded by Grain while
+    """Keep images in the memory of the device, or decode them with Grain while
     training; auto keeps them if they fit in a quarter of the memory."""
     num_workers: NonNegative[int] | None = None
-    """Processes in which Grain decodes, 0 for threads; by the number of cores if
+    """Processes in which Grain decodes; 0 for threads. Chosen by the number of cores if
     unset."""
     data_dir: AnyPath | None = None
     """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""

@@ -6,8 +6,8 @@ from train.errors import UsageError
 from train.optim.techniques import TECHNIQUES
 
 PLACES = {
-    "decay": "where weight decay enters, if not in its usual place",
-    "optimizer": "where the base optimizer stands, if not after all techniques",
+    "decay": "place of weight decay, if not the usual one",
+    "optimizer": "place of the base optimizer, if not after all techniques",
 }
 
 
@@ -41,11 +41,11 @@ def chain_order(
     The given order is kept. What it leaves open is filled in as follows:
 
     * ``optimizer`` comes after all techniques.
-    * ``decay`` as L2 regularisation comes before the first ``centralize`` that precedes
-      the optimizer, which then projects it too, or else directly before the optimizer.
-      So Random Gradient and PUGD do not act on it. Step-Tuned SGD minimises the
-      regularised loss: with it the decay is part of both gradients instead, unless
-      it is named.
+    * ``decay`` as L2 regularization comes before the first ``centralize`` that precedes
+      the optimizer, which then centralizes it too, or else directly before the
+      optimizer. PUGD does not act on it, nor does Random Gradient before
+      ``centralize``. Step-Tuned SGD minimizes the regularized loss: with it the decay
+      is part of both gradients instead, unless it is named.
     * ``decay`` that is decoupled comes last, before the learning rate.
     * ``clip`` acts on the gradient: it comes first, or after the technique that
       replaces the gradient.

@@ -34,29 +34,29 @@ class OptimizerConfig(TechniqueOptions):
     learning_rate: Positive[float] = 0.1
     """Peak learning rate."""
     momentum: Fraction[float] = 0.9
-    """Momentum of SGD, not dampened; b1 of Adam, AdamW and LAMB; beta of Muon."""
+    """Momentum of SGD, without dampening; b1 of Adam, AdamW and LAMB; beta of Muon."""
     nesterov: bool = False
     """Nesterov's momentum, for SGD."""
     b2: Fraction[float] = 0.999
     """Decay of the second moment in Adam, AdamW, LAMB and Muon's Adam."""
     weight_decay: NonNegative[float] = 5e-4
-    """L2 regularisation or decoupled decay, depending on the optimizer."""
+    """L2 regularization or decoupled decay, depending on the optimizer."""
     decay_all: bool = True
-    """Decay biases, norms and all else under two dimensions too."""
+    """Decay arrays of fewer than two dimensions too, such as biases and norms."""
     clip_norm: Positive[float] | None = None
-    """Largest global norm of the gradient; longer ones are scaled down to it."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it."""
     schedule: Annotated[str, Choice("schedule", SCHEDULES)] = "cosine"
     """How the learning rate changes over the run."""
     warmup_epochs: NonNegative[float] = 0.0
     """Epochs of linear warm-up to the value at which the schedule starts."""
     milestones: Annotated[tuple[int, ...], pydantic.Field(strict=False)] = ()
-    """Epochs of the run after which the step schedule lowers the rate."""
+    """Epochs after which the step schedule lowers the learning rate."""
     decay_factor: Positive[float] = 0.1
-    """Factor on the rate at each milestone."""
+    """Factor of the step schedule on the learning rate at each milestone."""
     half_period: Positive[float] = 4.0
-    """Epochs in which the triangular schedule rises, and in which it falls."""
+    """Epochs of each rise, and of each fall, of the triangular schedule."""
     head_learning_rate: Positive[float] | None = None
-    """Peak learning rate of the last layer, to fine-tune; the common one if unset."""
+    """Peak learning rate of the last layer, to fine-tune; `learning_rate` if unset."""
     techniques: Annotated[
         tuple[str, ...], NameList("technique", _TECHNIQUES | PLACES)
     ] = ()

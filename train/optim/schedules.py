@@ -16,7 +16,7 @@ SCHEDULES = {
     "cosine": "half a cosine down to 0",
     "linear": "constant for the first half, then linearly to 0, as in pix2pix",
     "one_cycle": "up from a 25th in three tenths of the steps, then down to about 0",
-    "triangular": "up from a quarter and down again in half periods (cyclical rates)",
+    "triangular": "cyclical: up from a quarter in one half period, down in the next",
     "robbins_monro": "(k + 1)^-0.501",
 }
 _TRIANGULAR_LOW = 0.25  # of the peak, as Smith (2015) advises

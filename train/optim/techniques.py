@@ -33,7 +33,7 @@ class TechniqueOptions:
     probability: Annotated[float, pydantic.Field(ge=0, le=1)] = 1.0
     """scale_by_random: probability that a step is scaled."""
     conv_only: bool = False
-    """centralize: only gradients of 2-D and higher convolutions."""
+    """centralize: act only on gradients of 2-D and higher convolutions."""
     rho: Positive[float] = 0.05
     """sam: distance at which the second gradient is taken."""
 
@@ -65,7 +65,7 @@ class Technique:
       logged: the scalars of its state that a run logs.
       build: makes the transform from the options, the learning rate and a key.
       regularizes_both: whether L2 decay is part of both gradients, as the technique
-        minimises the regularised loss.
+        minimizes the regularized loss.
       needs_one_learning_rate: whether all parameters must share one learning rate.
       aliases: ready-to-use optimizers of `optax_tricks` with this technique.
     """
@@ -160,7 +160,7 @@ _ROWS = (
     Technique(
         name="perturbed_unit_step",
         title="PUGD",
-        idea="gradient at a unit-length, weight-scaled perturbation, normalised to "
+        idea="gradient at a unit-length, weight-scaled perturbation, normalized to "
         "length one",
         paper="Tseng et al., 2022",
         url="https://arxiv.org/abs/2110.00199",
@@ -177,7 +177,7 @@ _ROWS = (
     Technique(
         name="sam",
         title="SAM",
-        idea="optax's SAM, to compare with: gradient at weights moved up the slope",
+        idea="gradient at weights moved along the gradient; optax's, to compare with",
         paper="Foret et al., 2020",
         url="https://arxiv.org/abs/2010.01412",
         gradients_per_step=2,

@@ -40,7 +40,7 @@ class ClassificationConfig(TrainingConfig):
     label_smoothing: Fraction[float] = 0.0
     """Share of the label that is spread over all classes."""
     weights: AnyPath | None = None
-    """Safetensors to fine-tune from; for other classes the last layer starts anew."""
+    """Safetensors to fine-tune from; the last layer starts anew if it does not fit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,7 +85,7 @@ def rg_cifar10_resnet34() -> ClassificationConfig:
 
 
 def rg_maps_pix2pix() -> TranslationConfig:
-    """Random Gradient, Figure 7: pix2pix on maps, the generator's loss scaled.
+    """Random Gradient, Figure 7: pix2pix on maps, with the generator's loss scaled.
 
     python -m train translation --recipe rg_maps_pix2pix
 
@@ -216,7 +216,7 @@ def step_tuned_cifar10_resnet20() -> ClassificationConfig:
 
     python -m train classification --recipe step_tuned_cifar10_resnet20
 
-    The paper's defaults, without momentum, and its decay of the step. It chose the
+    These are the paper's defaults, with its step decay, without momentum. It chose the
     learning rate from a grid, which we replace by 0.1. An epoch costs two gradients for
     each batch: compare with SGD of twice the epochs too. Not measured yet.
     """

@@ -59,10 +59,10 @@ class SegmentationConfig(TrainingConfig):
         )
     )
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of pixels in the loss; balanced is the median frequency of the classes
-    over the frequency of theirs."""
+    """Weights of pixels in the loss; balanced is the median class frequency divided by
+    the frequency of the pixel's class."""
     backbone_weights: AnyPath | None = None
-    """Safetensors of a classifier, for the ResNet inside PSPNet and DUC-HDC."""
+    """Safetensors of a classifier, for the backbone of PSPNet and DUC-HDC."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ _DISCRIMINATORS = models.names("*gan*", task="translation")
 
 @settings
 class TranslationConfig(TrainingConfig):
-    """Train a network to translate images, against one that tells them from real."""
+    """Train a network to translate images, against a discriminator."""
 
     task: ClassVar[str] = "translation"
 

@@ -12,7 +12,7 @@ from train.errors import UsageError
 
 
 class SegmentationFolder(ImageBuilder):
-    """Photos and label images: SPLIT/images/*.jpg and SPLIT/masks/*.png.
+    """Photos and their masks: SPLIT/images/*.jpg and SPLIT/masks/*.png.
 
     A mask has the name and the size of its photo; the value of a pixel is its class.
     Without split folders, it takes images/ and masks/ with a share to test on.
