@@ -1,4 +1,4 @@
-"""A small U-Net for segmentation, with normalisation and padded convolutions."""
+"""A small U-Net for segmentation, with normalization and padded convolutions."""
 
 import itertools
 
@@ -62,7 +62,7 @@ ENTRIES = (
     Entry(
         name="unet_small",
         task="segmentation",
-        description="U-Net of 16 to 128 channels with batch normalisation",
+        description="U-Net of 16 to 128 channels with batch normalization",
         paper="Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597",
         input_shape=(64, 64, 3),
         published={"num_classes": 11},

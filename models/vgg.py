@@ -1,4 +1,4 @@
-"""VGG networks with batch normalisation, for ImageNet and for small images."""
+"""VGG networks with batch normalization, for ImageNet and for small images."""
 
 import functools
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _timm_name(name: str) -> str:
 class VGG(Network):
     """Five stages of 3x3 convolutions, each followed by max pooling.
 
-    As in torchvision, convolutions have a bias even before a normalisation. Images have
+    As in torchvision, convolutions have a bias even before a normalization. Images have
     at least 32 pixels on a side.
 
     Args:
@@ -122,7 +122,7 @@ def _entry(depth: int, num_parameters: int, *, small_images: bool) -> Entry:
     in_form = form(small_images=small_images)
     return classifier(
         f"vgg{depth}_bn" + ("_cifar" if small_images else ""),
-        f"VGG-{depth} with batch normalisation {in_form}",
+        f"VGG-{depth} with batch normalization {in_form}",
         "Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556",
         num_parameters,
         functools.partial(VGG, _CONVOLUTIONS[depth], small_images=small_images),

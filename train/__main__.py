@@ -1,4 +1,4 @@
-"""Command line: python -m train TASK."""
+"""The command line, `python -m train TASK`."""
 
 import os
 import sys
@@ -44,14 +44,14 @@ def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., No
         """Train.
 
         Args:
-          config: what is trained.
-          recipe: settings to start from, which other flags change; `python -m train
-            recipes` lists them.
-          run_dir: folder of metrics, checkpoints and figures; a new one under runs/ if
+          config: settings of the run.
+          recipe: settings of a paper to start from; other flags override them.
+            `python -m train recipes` lists the recipes.
+          run_dir: folder for metrics, checkpoints and figures; a new one under runs/ if
             unset.
           resume: auto continues a run in the folder if it has the same settings.
-          coordinator: HOST:PORT of the first of several processes; not needed with
-            SLURM, Open MPI and on TPUs.
+          coordinator: HOST:PORT of the first process if there are several; not needed
+            with SLURM, with Open MPI or on TPUs.
           num_processes: number of processes.
           process_id: number of this process, from 0.
         """
@@ -67,14 +67,14 @@ def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., No
 
 
 def _techniques() -> None:
-    """List the techniques and places for --techniques, optimizers and schedules."""
+    """List the techniques, optimizers and schedules, and what each of them does."""
     techniques = {
         name: f"{row.title} ({row.paper}): {row.idea}"
         for name, row in TECHNIQUES.items()
     }
     for flag, listed in (
         ("--techniques NAME,NAME,..., in the order of the chain", techniques),
-        ("places that --techniques may name as well", PLACES),
+        ("places that --techniques can also name", PLACES),
         ("--optimizer", OPTIMIZERS),
         ("--schedule", SCHEDULES),
     ):
@@ -84,7 +84,7 @@ def _techniques() -> None:
 
 
 def _recipes() -> None:
-    """List the settings of papers for --recipe."""
+    """List the recipes, which are settings from papers, for --recipe."""
     for name, make in RECIPES.items():
         line, _, rest = (make.__doc__ or "").strip().partition("\n")
         print(f"{name}\n  {line}")
@@ -97,8 +97,8 @@ def _export(run: Path, output: Path | None = None, seed: int | None = None) -> N
 
     Args:
       run: folder of the run; its last checkpoint is read.
-      output: file to write; weights.safetensors in the run folder if unset. The name
-        of the network is added if there are several.
+      output: file to write; weights.safetensors in the run folder if unset. If
+        there are several networks, each has its own file with its name in the name.
       seed: seed whose weights are saved; the first one if unset.
     """
     from train import predict
@@ -137,14 +137,14 @@ def _compare(
 
     Args:
       runs: folders of runs of one task on one dataset.
-      labels: what to call each of them; the names of their folders if unset.
+      labels: a label for each run; the names of the folders if unset.
       count: number of examples of the evaluation split.
       output: PNG file to write.
     """
     from train import predict
 
     if labels and len(labels) != len(runs):
-        raise UsageError(f"{len(runs)} runs need as many labels, got {len(labels)}")
+        raise UsageError(f"labels must name all {len(runs)} runs, got {len(labels)}")
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
     console = make_console()
@@ -171,6 +171,7 @@ def _make_app(arguments: list[str]) -> SubcommandApp:
 
 
 def _chosen_recipe(arguments: list[str]) -> str | None:
+    """Returns the value of --recipe, which determines the defaults of other flags."""
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         if flag == "--recipe":
             return value
@@ -180,7 +181,7 @@ def _chosen_recipe(arguments: list[str]) -> str | None:
 
 
 def main() -> None:
-    """Runs the command line; errors that a user can fix are shown in one line."""
+    """Runs the command line, and shows errors that a user can fix in one line."""
     try:
         with wrong_settings_exit():
             _make_app(sys.argv[1:]).cli(
@@ -206,10 +207,10 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """Ends the process.
+    """Prints an error and ends the process.
 
-    One of several processes ends at once: JAX would wait for the others for minutes,
-    while they wait for this one.
+    One of several processes ends at once. Otherwise JAX would wait for the others for
+    minutes, while they wait for this one.
     """
     if jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)

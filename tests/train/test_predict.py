@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
 
 
 def form_of(path):
-    """Size and colour mode of an image file."""
+    """Size and color mode of an image file."""
     with Image.open(path) as image:
         return image.size, image.mode
 

@@ -216,7 +216,7 @@ def show(
     title = f"{name}, {count} of {len(source):,} in {split}"
     if "label" in fields:
         labels = np.stack(arrays["label"])
-        names = (*found.class_names, "unlabelled")  # -1 means unlabelled
+        names = (*found.class_names, "unlabeled")  # -1 means unlabeled
         captions = [names[label] for label in labels]
         images = {"image": arrays["image"]}
         plots.save_images(images, path, title=title, captions=captions)

@@ -40,7 +40,7 @@ class OptimizerConfig(TechniqueOptions):
     b2: Fraction[float] = 0.999
     """Decay of the second moment in Adam, AdamW, LAMB and Muon's Adam."""
     weight_decay: NonNegative[float] = 5e-4
-    """L2 regularisation or decoupled decay, depending on the optimizer."""
+    """L2 regularization or decoupled decay, depending on the optimizer."""
     decay_all: bool = True
     """Decay biases, norms and all else under two dimensions too."""
     clip_norm: Positive[float] | None = None

@@ -65,7 +65,7 @@ class Technique:
       logged: the scalars of its state that a run logs.
       build: makes the transform from the options, the learning rate and a key.
       regularizes_both: whether L2 decay is part of both gradients, as the technique
-        minimises the regularised loss.
+        minimizes the regularized loss.
       needs_one_learning_rate: whether all parameters must share one learning rate.
       aliases: ready-to-use optimizers of `optax_tricks` with this technique.
     """
@@ -160,7 +160,7 @@ _ROWS = (
     Technique(
         name="perturbed_unit_step",
         title="PUGD",
-        idea="gradient at a unit-length, weight-scaled perturbation, normalised to "
+        idea="gradient at a unit-length, weight-scaled perturbation, normalized to "
         "length one",
         paper="Tseng et al., 2022",
         url="https://arxiv.org/abs/2110.00199",

@@ -18,7 +18,7 @@ _SIDE = 64
 class DigitScenes(ImageBuilder):
     """Scenes of several real handwritten digits, 64x64, with their label images.
 
-    Digits differ in size, colour and texture, and may overlap; no digit is in both
+    Digits differ in size, color and texture, and may overlap; no digit is in both
     splits. The same versions of NumPy and Pillow give the same scenes. Each comes with
     a drawing of its labels, so that it can be segmented, or painted from the drawing.
     """

@@ -32,7 +32,7 @@ _SIDE = 28
 
 
 class FashionMnistIdx(ImageBuilder):
-    """Fashion-MNIST: 70,000 grey images of clothes, 28x28, from its official files."""
+    """Fashion-MNIST: 70,000 gray images of clothes, 28x28, from its official files."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self._describe(
