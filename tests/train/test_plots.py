@@ -764,11 +764,11 @@ def test_legend_has_the_classes_that_occur():
     masks = [np.array([[3, 0]]), np.array([[0, 0], [0, 255]])]
     names = ["sky", "road", "car", "tree"]
     colors = np.array([RED, GREEN, BLUE, (51, 102, 204)], np.uint8)
-    legend = plots.class_legend(masks, names, colors, 255)
+    legend = images.class_legend(masks, names, colors, 255)
     assert [patch.get_label() for patch in legend] == ["sky", "tree", "ignored"]
     assert legend[1].get_facecolor()[:3] == pytest.approx((0.2, 0.4, 0.8))
     assert legend[2].get_hatch()
-    legend = plots.class_legend(masks[:1], names, colors, None)
+    legend = images.class_legend(masks[:1], names, colors, None)
     assert [patch.get_label() for patch in legend] == ["sky", "tree"]
 
 
@@ -777,13 +777,13 @@ def test_ignored_pixels_are_striped(ignore_label):
     mask = np.full((6, 6), ignore_label)
     mask[:, :2] = 0
     colors = np.array([RED], np.uint8)
-    found = plots.paint(mask, colors, ignore_label)
+    found = images.paint(mask, colors, ignore_label)
     assert found.dtype == np.uint8
     assert (found[:, :2] == RED).all()
     diagonals = np.indices((6, 6)).sum(axis=0)[:, 2:]
     stripes = np.where(diagonals // 2 % 2, 240, 100)[..., None]
     np.testing.assert_array_equal(found[:, 2:], np.broadcast_to(stripes, (6, 4, 3)))
-    (light, dark) = plots.class_legend([mask[:, 2:]], [], colors, ignore_label)[0], 100
+    (light, dark) = images.class_legend([mask[:, 2:]], [], colors, ignore_label)[0], 100
     assert light.get_facecolor()[:3] == rgb((240,) * 3)
     assert light.get_edgecolor()[:3] == rgb((dark,) * 3)
 
@@ -792,21 +792,21 @@ def test_the_photo_shows_through_its_mask(path, figures):
     image = np.array([[[0, 0, 0], [30, 60, 90], [255, 255, 255]]], np.uint8)
     colors = np.array([RED, (10, 20, 30)], np.uint8)
     mask = np.array([[0, 1, 0]], np.uint8)
-    found = plots.paint(mask, colors, None, image)
+    found = images.paint(mask, colors, None, image)
     assert found.dtype == np.uint8
     assert found.tolist() == [[[166, 0, 0], [28, 34, 40], [255, 89, 89]]]
-    found = plots.paint(np.array([[255, 255, 255]]), colors, 255, image)
+    found = images.paint(np.array([[255, 255, 255]]), colors, 255, image)
     assert found.tolist() == [[[65] * 3, [86] * 3, [245] * 3]]
     plots.save_masks(
         [image], {"mask": [mask]}, path, class_names="ab", colors=colors, blend=True
     )
     shown = figures[0].axes[1].images[0].get_array()
-    assert shown.tolist() == plots.paint(mask, colors, None, image).tolist()
+    assert shown.tolist() == images.paint(mask, colors, None, image).tolist()
 
 
 def test_values_without_a_class_are_refused():
     with pytest.raises(IndexError):
-        plots.paint(np.array([[2]]), plots.class_colors(2), 3)
+        images.paint(np.array([[2]]), plots.class_colors(2), 3)
 
 
 # --------------------------------- Colors ---------------------------------------------

@@ -103,7 +103,7 @@ class InMemoryLoader:
         self.data: Batch = put(dict(arrays), self._sharding)
 
     def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[InMemoryFeed]:
-        """Yields the data and their order; all steps of an epoch get the same arrays."""
+        """Yields the data and their order; the same arrays in each step of an epoch."""
         epoch = 0
         while sampler.steps_before(epoch + 1) <= first_step:
             epoch += 1

@@ -72,7 +72,7 @@ def test_validation_holds_out_training_images_only(digits):
         ("camvid", r"not prepared in .*: python -m train.data prepare camvid --source"),
         (
             "cifar10",
-            r"not prepared .*\[prepare\].* python -m train.data prepare cifar10",
+            r"not prepared .*--group prepare .* python -m train.data prepare cifar10",
         ),
         (
             "cityscapes/semantic_segmentation",
@@ -89,7 +89,7 @@ def test_errors_name_the_remedy(name, message, tmp_path):
     importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is there"
 )
 def test_the_catalogue_is_prepared_by_tensorflow_only(tmp_path):
-    with pytest.raises(UsageError, match=r"\[prepare\].*TensorFlow"):
+    with pytest.raises(UsageError, match="--group prepare for TensorFlow"):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
