@@ -18,7 +18,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     # Never the user's own folder.
     os.environ["TFDS_DATA_DIR"] = str(shared / "tensorflow_datasets")
-    # Many tests run the same commands; those in processes of their own read this.
+    # Many tests run the same commands, and some in other processes, which read this.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))

@@ -1,7 +1,7 @@
-"""A study: plain SGD and each technique over the same seeds, and which of them helped.
+"""Trains plain SGD and each technique over the same seeds, and says which helped.
 
 Each technique is compared with a baseline without it. The baseline of Random Gradient
-has the settings of its paper. Step-Tuned SGD is an optimizer of its own, and its
+has the settings of its paper. Step-Tuned SGD is a complete optimizer, and its
 baseline is SGD with momentum. Techniques that take two gradients per step are also
 compared with SGD that trains for twice the epochs.
 """
@@ -46,12 +46,12 @@ class Method:
     """One row of the study.
 
     Attributes:
-      name: its name in tables.
-      optimizer: the optimizer that trains.
+      name: the name of the method in tables.
+      optimizer: the settings of its optimizer.
       baseline: the method that it is compared with at equal epochs; None for a
         baseline.
-      equal_gradients: the method that takes as many gradients in all; None if that is
-        the baseline.
+      equal_gradients: another method that takes the same number of gradients in all;
+        None if the baseline does.
       epochs_factor: factor on the epochs of the study.
     """
 
@@ -62,12 +62,12 @@ class Method:
     epochs_factor: int = 1
 
 
-# Momentum, decay and schedule are those of the paper on PUGD for SGD, Gradient
-# Centralization (whose paper lowers the rate in steps) and PUGD, and those of its
-# paper's code for Random Gradient. Step-Tuned SGD has its own schedule and no momentum;
-# its paper leaves the decay open, which is that of SGD here. The learning rates of the
-# papers are for other networks and data. Each method has the best of the same six rates
-# on held-out training images; see docs/digits.md.
+# SGD, Gradient Centralization and PUGD have the momentum, decay and schedule of the
+# paper on PUGD. (The paper on Gradient Centralization lowers the rate in steps.) Random
+# Gradient has the settings of its paper's code. Step-Tuned SGD has its own schedule and
+# no momentum. Its paper does not state the decay, so it has the decay of SGD. The
+# papers' learning rates are for other networks and data, so each method has the best of
+# the same six rates on held-out training images; see docs/digits.md.
 _SGD = OptimizerConfig(learning_rate=0.3)
 _RANDOM_GRADIENT = OptimizerConfig(
     learning_rate=1.0, momentum=0.5, weight_decay=1e-4, schedule="poly"
@@ -80,7 +80,7 @@ _BASELINES = (
     Method(name="sgd, 2x epochs", optimizer=_SGD, epochs_factor=2),
     Method(name="sgd, momentum 0.5", optimizer=_RANDOM_GRADIENT),
 )
-# The settings and the baseline of each technique; all others have those of SGD.
+# Settings and baselines of techniques that do not have the settings of SGD.
 _SETTINGS = {
     "scale_by_random": (_RANDOM_GRADIENT, "sgd, momentum 0.5"),
     "barzilai_borwein_step": (_STEP_TUNED, "sgd"),
@@ -121,7 +121,7 @@ class CompareConfig:
     """Split to evaluate on; validation is for choosing settings, and holds out a fifth
     of the training images if the dataset has no such split."""
     learning_rate: Positive[float] | None = None
-    """One learning rate for all methods instead of each one's own."""
+    """One learning rate for all methods, instead of their own rates."""
 
     def task_config(self, method: Method) -> ClassificationConfig:
         """Returns the settings of the runs of a method."""
@@ -148,7 +148,7 @@ def compare(
       task: the task of the networks.
       config: settings of the study.
       run_dir: folder of the results; a new one under runs/ if unset. If it holds a part
-        of the same study, only what is missing is run.
+        of the same study, only the missing runs are trained.
     """
     described = dataclasses.asdict(config) | {
         "methods": {m.name: dataclasses.asdict(config.task_config(m)) for m in METHODS}
@@ -174,9 +174,9 @@ def compare(
 
 
 def _run_missing(config: CompareConfig, report: Report) -> None:
-    """Trains all methods from all seeds that have no row yet."""
+    """Trains the methods and seeds that have no row yet."""
     done = {(row["method"], row["seed"]) for row in report.folder.read(ROWS)}
-    # Seeds outside, methods inside: a slow minute of the machine hits all methods.
+    # Methods are the inner loop, so that a slow minute of the machine hits all of them.
     missing = [
         (seed, method)
         for seed in range(config.seeds)
@@ -205,7 +205,7 @@ def _run_missing(config: CompareConfig, report: Report) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Compiled:
-    """A method that is ready to train on a dataset with so many classes."""
+    """A method and its compiled program, with the number of classes of the dataset."""
 
     method: Method
     program: Program
@@ -293,7 +293,7 @@ def _flat(row: Row) -> Row:
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Returns the curves of each method, without those of runs that diverged."""
+    """Returns the learning curves of each method, without runs that diverged."""
     curves = defaultdict(list)
     for row in rows:
         if row["failure"] is None:
@@ -303,7 +303,17 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The results of a method over all seeds; accuracies are in percent."""
+    """The results of a method over all seeds; accuracies are in percent.
+
+    Attributes:
+      method: the method.
+      mean: mean accuracy.
+      std: standard deviation of the accuracy.
+      failures: number of runs that diverged.
+      ms_per_step: median time of a step in milliseconds.
+      versus_baseline: paired difference from the baseline; None for a baseline.
+      versus_equal_gradients: paired difference from `Method.equal_gradients`, or None.
+    """
 
     method: Method
     mean: float
@@ -373,7 +383,7 @@ def _difference(interval: Interval | None) -> str:
 
 
 def conclusion(summaries: Sequence[Summary], seeds: int) -> str:
-    """Says in words what the intervals show for each technique."""
+    """Returns sentences that say what the intervals show for each technique."""
     lines = []
     for summary in summaries:
         method = summary.method

@@ -96,7 +96,7 @@ class Subject:
 
     Attributes:
       config: the data, their augmentation and the batch size.
-      task: what is trained.
+      task: the task that trains on it.
       batches: number of batches that are timed together without training.
       steps: number of training steps that are timed together.
     """
@@ -134,7 +134,7 @@ def _subjects(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One row of the results; seconds are those of one batch or step."""
+    """One row of the results; seconds are per batch or step."""
 
     dataset: str
     part: str

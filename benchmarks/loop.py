@@ -101,7 +101,7 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One row of the results; seconds are those of one step."""
+    """One row of the results; seconds are per step."""
 
     part: str
     dataset: str
@@ -216,10 +216,10 @@ def _timed_epoch(
 
 @contextlib.contextmanager
 def epoch_by_epoch(train: Callable[[Call], None]) -> Iterator[Call]:
-    """Yields a function that lets a training loop go on for one epoch.
+    """Yields a function that lets a training loop run for one epoch.
 
     The loop itself calls back at the end of an epoch. To pause it there while others
-    are timed, it runs in a thread of its own.
+    are timed, it runs in its own thread.
 
     Args:
       train: trains without end, and calls its argument at the end of every epoch.

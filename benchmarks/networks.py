@@ -322,8 +322,9 @@ def header_of(rows: Sequence[Row]) -> tuple[str, ...]:
 def cells(row: Row) -> tuple[str, ...]:
     """Returns a row of a table under `HEADER`, with the share of the peak if known.
 
-    FLOPs stand before the published ones, and the compilation of the forward pass
-    before that of the step. The quantiles of the step are relative to its median.
+    Our FLOPs are followed by the published ones, and the compilation time of the
+    forward pass by the compilation time of the step. The quantiles of the step are
+    relative to its median.
     """
     published, share = row["published_gflop"], row["share_of_peak"]
     step, low, high = (row[f"step_seconds{end}"] for end in ("", "_low", "_high"))

@@ -17,7 +17,7 @@ from train.progress import make_console
 Row = dict[str, Any]
 Cells = Sequence[str]
 
-# The rows of a benchmark that goes on where it was stopped.
+# The rows of a benchmark that continues where it was stopped.
 ROWS = "rows.jsonl"
 
 
@@ -34,7 +34,7 @@ class Report:
         self.console = console
 
     def save_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes `rows.csv`; the columns are those of the first row."""
+        """Writes `rows.csv`, with the columns of the first row."""
         with (self.folder.path / "rows.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -102,7 +102,7 @@ def with_range(value: float, low: float, high: float, spec: str = ".2f") -> str:
 def rows_of(
     measurements: Sequence[Any], versions: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """Turns measurements into rows that state versions and hardware as well.
+    """Turns measurements into rows that also state versions and hardware.
 
     Args:
       measurements: dataclasses with a field `ratio`, a `benchmarks.timing.Ratio`, which

@@ -24,7 +24,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Runs every function once in each round, and returns its seconds.
 
-    A slow moment of the machine then hits neighbours alike. Each round starts with
+    A slow moment of the machine then hits neighbors alike. Each round starts with
     another function, so that none always follows the same other.
 
     Args:

@@ -203,9 +203,9 @@ def measure_updates(rounds: int) -> list[Measurement]:
 def _linear_layers(params: Tree, examples: int = 128) -> Callable[[Tree, Any], Tree]:
     """Returns the gradient of a squared error, where every kernel is a linear layer.
 
-    No gradient of a network is cheaper at the mini-batch of the papers. The quadratic
-    beside it is cheaper than that of any network: XLA merges it into the update, and
-    stores neither its point nor the gradient.
+    No gradient of a network is cheaper at the mini-batch of the papers. The gradient of
+    the quadratic loss is cheaper than that of any network, since XLA merges it into the
+    update, and stores neither its point nor the gradient.
     """
 
     def loss(params: Tree, inputs: Tree) -> jax.Array:

@@ -18,8 +18,9 @@ _STAGE_SIZES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 class DilatedSegmenter(Network):
     """The base class of segmentation networks on a dilated ResNet.
 
-    The last two stages of the ResNet dilate their convolutions and keep the resolution,
-    which is an eighth of that of the images. A subclass adds a decoder.
+    The last two stages of the ResNet dilate their convolutions and keep the resolution.
+    So height and width of the features are an eighth of the images'. A subclass adds a
+    decoder.
 
     Args:
       stage_sizes: number of blocks in each stage of the ResNet.

@@ -18,7 +18,7 @@ he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class _KeepsDtype:
-    """Makes a normalisation of Flax compute in float32 and return the input's dtype.
+    """Makes a normalization of Flax compute in float32 and return the input's dtype.
 
     With Flax's own `dtype` the running statistics would be rounded to it.
     """
@@ -48,7 +48,7 @@ class _Statistic(nnx.BatchStat[jax.Array]):
 
 
 class BatchNorm(_KeepsDtype, nnx.BatchNorm):
-    """Batch normalisation with PyTorch's momentum of 0.1 and eps of 1e-5.
+    """Batch normalization with PyTorch's momentum of 0.1 and eps of 1e-5.
 
     The running variance averages variances over n values, as in Flax. PyTorch divides
     by n - 1, so that its batches contribute n / (n - 1) times as much.
@@ -62,7 +62,7 @@ class BatchNorm(_KeepsDtype, nnx.BatchNorm):
 
 
 class GroupNorm(_KeepsDtype, nnx.GroupNorm):
-    """Group normalisation (Wu and He, 2018) with eps of 1e-5.
+    """Group normalization (Wu and He, 2018) with eps of 1e-5.
 
     The number of groups is the largest, up to 32, that divides the number of channels
     and leaves at least two channels in each group.
@@ -78,7 +78,7 @@ class GroupNorm(_KeepsDtype, nnx.GroupNorm):
 
 
 class InstanceNorm(_KeepsDtype, nnx.InstanceNorm):
-    """Instance normalisation without parameters, as in pix2pix, with eps of 1e-5.
+    """Instance normalization without parameters, as in pix2pix, with eps of 1e-5.
 
     Raises:
       ValueError: if it is called with a single pixel, which it would turn into zero.
@@ -93,18 +93,18 @@ class InstanceNorm(_KeepsDtype, nnx.InstanceNorm):
         """Maps (batch, height, width, channels) to the same shape and dtype."""
         if math.prod(x.shape[1:-1]) == 1:
             raise ValueError(
-                "instance normalisation of a single pixel is zero: use larger images "
+                "instance normalization of a single pixel is zero: use larger images "
                 "or another norm"
             )
         return super().__call__(x, *args, **options)
 
 
 class LayerNorm(_KeepsDtype, nnx.LayerNorm):
-    """Layer normalisation with eps of 1e-6."""
+    """Layer normalization with eps of 1e-6."""
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation with constant statistics, scale and bias.
+    """Batch normalization with constant statistics, scale and bias.
 
     It is for fine-tuning from pretrained weights. None of its variables is an
     `nnx.Param`, so optimizers, weight decay and parameter counts leave them out.
@@ -180,7 +180,7 @@ class UpConv(nnx.ConvTranspose):
 
 
 class Identity(nnx.Module):
-    """Takes the place of a normalisation in networks without one."""
+    """Takes the place of a normalization in networks without one."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns its input."""
@@ -223,12 +223,12 @@ class Layers:
 
     Attributes:
       rngs: the source of keys for parameters and dropout.
-      norm: the normalisation that follows a convolution. "frozen_batch" is batch
-        normalisation with constant statistics, scale and bias. "instance" has no
+      norm: the normalization that follows a convolution. "frozen_batch" is batch
+        normalization with constant statistics, scale and bias. "instance" has no
         parameters. With "instance" and "none" convolutions have a bias.
       weight_standardization: whether convolutions use standardized kernels.
       dtype: dtype of the computation, such as `jnp.bfloat16`. None promotes inputs and
-        parameters to a common dtype. Normalisation and the last layer use at least
+        parameters to a common dtype. Normalization and the last layer use at least
         float32.
       param_dtype: dtype of the parameters.
 
@@ -261,7 +261,7 @@ class Layers:
     ) -> nnx.Conv:
         """Returns a convolution with the same zero padding on all sides.
 
-        With `use_bias=None` it has a bias if the normalisation brings none.
+        With `use_bias=None` it has a bias if the normalization brings none.
         """
         return nnx.Conv(
             inputs,
@@ -303,7 +303,7 @@ class Layers:
 
     @property
     def needs_bias(self) -> bool:
-        """Whether the normalisation has no bias of its own."""
+        """Whether the normalization has no bias."""
         return self.norm in ("instance", "none")
 
     @property
@@ -317,7 +317,7 @@ class Layers:
         *,
         scale_init: nnx.Initializer = nnx.initializers.ones,
     ) -> Normalization:
-        """Returns the normalisation of `channels`."""
+        """Returns the normalization of `channels`."""
         if self.norm == "none":
             return Identity()
         if self.norm == "frozen_batch":
@@ -364,11 +364,11 @@ class Layers:
 
 
 class ConvNorm(nnx.List[nnx.Conv | Normalization]):
-    """A convolution, its normalisation and an activation.
+    """A convolution, its normalization and an activation.
 
     Args:
       conv: the convolution.
-      layers: creates the normalisation.
+      layers: creates the normalization.
       activation: the activation; None for none.
     """
 
@@ -390,7 +390,7 @@ class ConvNorm(nnx.List[nnx.Conv | Normalization]):
 
 
 class DoubleConv(nnx.Dict[nnx.Conv | Normalization]):
-    """Two 3x3 convolutions, each with its normalisation and a ReLU.
+    """Two 3x3 convolutions, each with its normalization and a ReLU.
 
     Args:
       inputs: channels of the input.
@@ -447,7 +447,7 @@ def average_pool(x: jax.Array) -> jax.Array:
 def pooling_matrix(size: int, bins: int) -> jax.Array:
     """Returns weights (bins, size) that average `size` entries into `bins` bins.
 
-    If `bins` does not divide `size`, neighbouring bins overlap by an entry, as in
+    If `bins` does not divide `size`, neighboring bins overlap by an entry, as in
     PyTorch's adaptive pooling.
     """
     rows = []
@@ -468,7 +468,7 @@ def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
 def resize(x: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes (batch, ..., ..., channels) bilinearly to (batch, height, width, ...).
 
-    The centres of pixels lie at halves, as in PyTorch with `align_corners=False`.
+    The centers of pixels lie at halves, as in PyTorch with `align_corners=False`.
     """
     shape = (x.shape[0], height, width, x.shape[3])
     y: jax.Array = jax.image.resize(x, shape, "bilinear", antialias=False)

@@ -28,7 +28,6 @@ _UNUSED = "num_batches_tracked"
 # Arrays of other dtypes are quantized, and their scales are missing.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-
 _Variable = nnx.Variable[jax.Array]
 
 
@@ -70,7 +69,8 @@ def _conv(kernel: _Variable) -> _Slot:
 
 
 def _conv_transpose(kernel: _Variable) -> _Slot:
-    # PyTorch's is the gradient of a convolution: mirrored, and (in, out, ...).
+    # PyTorch computes the gradient of a convolution, so its kernel is mirrored and has
+    # the shape (in, out, height, width).
     return _Slot(
         (kernel,),
         lambda k: k[::-1, ::-1].transpose(2, 3, 0, 1),
@@ -83,7 +83,7 @@ def _linear(kernel: _Variable) -> _Slot:
 
 
 def _attention(module: nnx.MultiHeadAttention) -> dict[str, _Slot]:
-    """Returns the arrays of an attention, by PyTorch's names.
+    """Returns the arrays of an attention layer, by PyTorch's names.
 
     PyTorch stacks query, key and value in one matrix, with the heads side by side.
     """
@@ -134,7 +134,7 @@ _NORM_NAMES = {
 
 
 def _slots_of(module: nnx.Module) -> dict[str, _Slot]:
-    """Returns the arrays of a module without those of its submodules.
+    """Returns the arrays of a module, but not of its submodules.
 
     Keys are PyTorch's names.
     """
@@ -164,11 +164,11 @@ def _weight(module: nnx.Conv | UpConv | nnx.Linear) -> _Slot:
 
 
 def _slots(model: Network) -> dict[str, _Slot]:
-    """Returns all arrays of a model, by the names of its own modules."""
+    """Returns all arrays of a model, by the names of the modules in the model."""
     return {
         ".".join(map(str, (*path, name))): slot
         for path, module in nnx.iter_modules(model)
-        # The arrays of an attention include those of its linear maps.
+        # The arrays of an attention layer include its linear maps.
         if not isinstance(module, nnx.LinearGeneral)
         for name, slot in _slots_of(module).items()
     }
@@ -263,9 +263,9 @@ def load_weights(
     Args:
       model: the network to change. One of your own must subclass `Network`.
       path: path of the file.
-      new_head: whether to skip the layers below `model.head_paths`: those of the model
-        stay as they are, and those in the file are ignored. This is for another number
-        of classes, or for a backbone, which has no head.
+      new_head: whether to skip the layers below `model.head_paths`. The model keeps its
+        values, and values in the file are ignored. This is for another number of
+        classes, or for a backbone, which has no head.
 
     Raises:
       FileNotFoundError: if there is no such file.

@@ -58,7 +58,7 @@ class DenseNet(Network):
       in_channels: channels of the input images.
       growth: number of channels that a layer appends.
       small_images: whether the stem is a 3x3 convolution at full resolution instead of
-        a 7x7 convolution of stride 2 with normalisation and max pooling.
+        a 7x7 convolution of stride 2 with normalization and max pooling.
       remat: whether gradients recompute the activations inside a layer.
 
     References:

@@ -24,9 +24,9 @@ def _scale_around_one(key: jax.Array, shape: Any, dtype: Any = None) -> jax.Arra
 
 
 class ConvNorm(nnx.Module):
-    """A convolution and, if `normalized`, its normalisation.
+    """A convolution and, if `normalized`, its normalization.
 
-    The initial scales of the normalisation are random.
+    The initial scales of the normalization are random.
     """
 
     def __init__(self, conv: nnx.Conv | UpConv, normalized: bool, *, layers: Layers):
@@ -131,7 +131,7 @@ class Discriminator(Network):
       strides: stride of each layer.
       kernel_size: kernel size of all layers, 4 or 1.
       last_bias: whether the last convolution has a bias; with None it has one if the
-        convolutions before a normalisation have one.
+        convolutions before a normalization have one.
       layers: creates the layers.
       in_channels: channels of input image and output image together.
 

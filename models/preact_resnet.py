@@ -12,7 +12,7 @@ from models._network import Images, Logits, Network
 
 
 class PreActBlock(nnx.Module):
-    """Two 3x3 convolutions, each preceded by its normalisation and a ReLU."""
+    """Two 3x3 convolutions, each preceded by its normalization and a ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, layers: Layers):
         self.bn1 = layers.normalize(inputs)

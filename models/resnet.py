@@ -16,8 +16,8 @@ from models._entry import CONVOLUTION, Entry, classifier, form
 from models._layers import ConvNorm, Layers, apply, check_images, max_pool
 from models._network import Images, Logits, Network
 
-HE_2015 = "He et al., 2015, https://arxiv.org/abs/1512.03385"
-XIE_2016 = "Xie et al., 2016, https://arxiv.org/abs/1611.05431"
+_HE_2015 = "He et al., 2015, https://arxiv.org/abs/1512.03385"
+_XIE_2016 = "Xie et al., 2016, https://arxiv.org/abs/1611.05431"
 
 
 class _PaddedShortcut(nnx.Module):
@@ -37,7 +37,7 @@ class _PaddedShortcut(nnx.Module):
 
 
 class _Residual(nnx.Module):
-    """A residual block, whose subclass defines the branch beside the shortcut."""
+    """A residual block; a subclass defines the branch that the shortcut is added to."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class _Residual(nnx.Module):
 
     @abc.abstractmethod
     def residual(self, x: jax.Array) -> jax.Array:
-        """Returns what is added to the shortcut."""
+        """Returns the output of the branch, (batch, ..., outputs)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
@@ -90,7 +90,7 @@ class BasicBlock(_Residual):
         )
 
     def residual(self, x: jax.Array) -> jax.Array:
-        """Returns what is added to the shortcut."""
+        """Returns the output of the branch."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
@@ -128,7 +128,7 @@ class Bottleneck(_Residual):
         )
 
     def residual(self, x: jax.Array) -> jax.Array:
-        """Returns what is added to the shortcut."""
+        """Returns the output of the branch."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         x = nnx.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
@@ -139,11 +139,12 @@ class ResNet(Network):
 
     Args:
       stage_sizes: number of blocks of each stage.
-      num_classes: number of logits; None for a network without a head, which has
-        `features` only.
+      num_classes: number of logits; None for a network without a head, which only has
+        `features`.
       layers: creates the layers.
       in_channels: channels of the input images.
-      width: channels inside the blocks of the first stage. Each stage doubles them.
+      width: channels inside the blocks of the first stage. Each later stage doubles the
+        number of channels.
       expansion: ratio of a block's output channels to its inner channels. 1 gives
         blocks of two 3x3 convolutions, more gives bottlenecks.
       groups: groups of a bottleneck's 3x3 convolution. More than one gives a ResNeXt.
@@ -252,7 +253,14 @@ class ResNet(Network):
         return maps
 
     def __call__(self, images: Images) -> Logits:
-        """Maps float images (batch, height, width, channels) to logits."""
+        """Maps float images to logits.
+
+        Args:
+          images: (batch, height, width, channels).
+
+        Returns:
+          Logits (batch, num_classes).
+        """
         if self.fc is None:
             raise ValueError(
                 "a ResNet with num_classes=None has no logits: use features"
@@ -269,7 +277,7 @@ def _entry(
     num_parameters: int,
     stage_sizes: tuple[int, ...],
     *,
-    paper: str = HE_2015,
+    paper: str = _HE_2015,
     small_images: bool,
     **options: Any,
 ) -> Entry:
@@ -305,7 +313,7 @@ def _resnext29(groups: int, num_parameters: int) -> Entry:
         f"ResNeXt-29 {groups}x64d",
         num_parameters,
         (3, 3, 3),
-        paper=XIE_2016,
+        paper=_XIE_2016,
         stem=1,
         width=64 * groups,
         expansion=2,
@@ -314,7 +322,7 @@ def _resnext29(groups: int, num_parameters: int) -> Entry:
 
 
 _RESNEXT: Mapping[str, Any] = {
-    "paper": XIE_2016,
+    "paper": _XIE_2016,
     "width": 128,
     "expansion": 2,
     "groups": 32,

@@ -21,7 +21,7 @@ _STAGES = 4
 
 
 def _plain_layer_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Layer normalisation without parameters, in float32, with eps of 1e-5."""
+    """Layer normalization without parameters, in float32, with eps of 1e-5."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y - y.mean(axes, keepdims=True)
     scaled: jax.Array = y * jax.lax.rsqrt((y * y).mean(axes, keepdims=True) + 1e-5)
@@ -29,7 +29,7 @@ def _plain_layer_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 class ChannelMap(nnx.Module):
-    """A linear map of the channels of every pixel, and a normalisation."""
+    """A linear map of the channels of every pixel, and a normalization."""
 
     def __init__(self, inputs: int, outputs: int, *, layers: Layers):
         self.linear = layers.linear(inputs, outputs)

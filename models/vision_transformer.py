@@ -63,7 +63,7 @@ class MLP(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Attention and an MLP, each a residual branch after a normalisation.
+    """Attention and an MLP, each a residual branch after a normalization.
 
     Args:
       width: channels of a token.
@@ -143,12 +143,12 @@ class VisionTransformer(Network):
       layers: creates the layers.
       in_channels: channels of the input images.
       image_size: height and width of the images, a multiple of patch_size. Every patch
-        has a position embedding of its own.
+        has its own position embedding.
       patch_size: height and width of a patch.
       stochastic_depth: probability with which training skips a residual branch of the
         last block. It rises linearly from 0 in the first block. DeiT trains with 0.1.
       distilled: whether the network has a distillation token beside the class token,
-        with a head of its own. Logits are the mean of both heads.
+        with its own head. Logits are the mean of both heads.
       init: "xavier" as in ViT, with a head of zeros, or "truncated" for a truncated
         normal of standard deviation 0.02 as in DeiT.
       remat: whether gradients recompute the activations inside a block.

@@ -110,8 +110,8 @@ def centralize(
         del params, extra_args
         axes = _axes_per_leaf(reduction_axes, updates, conv_only)
         leaves, treedef = jax.tree.flatten(updates)
-        centred = map(_subtract_mean, leaves, axes)
-        return jax.tree.unflatten(treedef, centred), state
+        centered = map(_subtract_mean, leaves, axes)
+        return jax.tree.unflatten(treedef, centered), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 

@@ -95,8 +95,8 @@ def batch_gradients(
     """Evaluates a loss and its gradient, and makes the ``grad_fn`` for a second one.
 
     BatchNorm normalizes each forward pass by the statistics of its own activations, so
-    the second pass uses the activations at the perturbed parameters. The running
-    statistics that are returned are those of the first pass, as in plain SGD.
+    the second pass uses the activations at the perturbed parameters. Only the
+    first pass moves the running statistics, as in plain SGD.
 
     With ``grad_accum_steps`` above 1 the batch is cut into that many parts of equal
     size, which are evaluated one after the other with the memory of one part. The loss

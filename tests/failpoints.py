@@ -93,7 +93,7 @@ class Started:
         at: str | None = None,
         action: Callable[[], None] = kill,
     ):
-        """Starts work in a process of its own.
+        """Starts work in its own process.
 
         Args:
           work: what to do; it can be pickled, and its module starts no backend.
@@ -133,7 +133,7 @@ def call(
     at: str | None = None,
     action: Callable[[], None] = kill,
 ) -> Ended:
-    """Does work in a process of its own, as described for `Started`."""
+    """Does work in its own process, as described for `Started`."""
     return Started(work, folder, scratch, at=at, action=action).end()
 
 

@@ -18,7 +18,7 @@ def one_device_mesh() -> Mesh:
 
 @contextlib.contextmanager
 def disk_of(num_bytes: int) -> Iterator[None]:
-    """Limits the size of files, whose error is that of a full disk but for its name."""
+    """Limits the size of files, which raises an error like that of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

@@ -1,4 +1,4 @@
-"""Command line: python -m train TASK."""
+"""The command line, `python -m train TASK`."""
 
 import os
 import sys
@@ -75,7 +75,7 @@ def _techniques() -> None:
     }
     for flag, listed in (
         ("--techniques NAME,NAME,..., in the order of the chain", techniques),
-        ("places that --techniques may name as well", PLACES),
+        ("places that --techniques can also name", PLACES),
         ("--optimizer", OPTIMIZERS),
         ("--schedule", SCHEDULES),
     ):
@@ -98,8 +98,8 @@ def _export(run: Path, output: Path | None = None, seed: int | None = None) -> N
 
     Args:
       run: folder of the run; its last checkpoint is read.
-      output: file to write; weights.safetensors in the run folder if unset. The name
-        of the network is added if there are several.
+      output: file to write; weights.safetensors in the run folder if unset. If
+        there are several networks, each has its own file with its name in the name.
       seed: seed whose weights are saved; the first one if unset.
     """
     from train import predict
@@ -145,7 +145,7 @@ def _compare(
     from train import predict
 
     if labels and len(labels) != len(runs):
-        raise UsageError(f"{len(runs)} runs need as many labels, got {len(labels)}")
+        raise UsageError(f"labels must name all {len(runs)} runs, got {len(labels)}")
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
     console = make_console()
@@ -172,6 +172,7 @@ def _make_app(arguments: list[str]) -> SubcommandApp:
 
 
 def _chosen_recipe(arguments: list[str]) -> str | None:
+    """Returns the value of --recipe, which determines the defaults of other flags."""
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         if flag == "--recipe":
             return value
@@ -181,7 +182,7 @@ def _chosen_recipe(arguments: list[str]) -> str | None:
 
 
 def main() -> None:
-    """Runs the command line; errors that a user can fix are shown in one line."""
+    """Runs the command line, and shows errors that a user can fix in one line."""
     try:
         with wrong_settings_exit():
             _make_app(sys.argv[1:]).cli(
@@ -207,10 +208,10 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """Ends the process.
+    """Prints an error and ends the process.
 
-    One of several processes ends at once: JAX would wait for the others for minutes,
-    while they wait for this one.
+    One of several processes ends at once. Otherwise JAX would wait for the others for
+    minutes, while they wait for this one.
     """
     if jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)

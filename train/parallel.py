@@ -2,8 +2,8 @@
 
 All devices form one mesh with the axis "data", along which batches are sharded; other
 arrays are replicated on every device. Computations are written for whole batches, so
-losses, gradients and BatchNorm statistics are those of the whole batch, no matter how
-many devices share it.
+losses, gradients and BatchNorm statistics are computed over the whole batch, no matter
+how many devices share it.
 """
 
 import os
@@ -30,7 +30,7 @@ def start_distributed(
 
     Launchers that JAX knows (SLURM, Open MPI, TPU pods) say in the environment which
     process this is. Without one, all three arguments are needed. JAX ends the process
-    with a message of its own if others do not join within five minutes, or die later.
+    with its own message if others do not join within five minutes, or die later.
 
     Args:
       coordinator: "HOST:PORT" of the first process.

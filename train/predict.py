@@ -1,12 +1,14 @@
-"""Loads a run to predict with it, to export its weights, or to compare it.
+"""Loads runs to predict, to export weights and to compare them.
 
-The folder of a run has all that is needed, except for the examples of its dataset.
+A run folder holds everything that is needed, except that a comparison also reads
+examples from the dataset.
 """
 
 import collections
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,7 @@ import models
 from optax_tricks.nnx import split
 from train.config import TrainingConfig
 from train.data.dataset import Dataset, from_description
-from train.data.images import (
-    IMAGE_SUFFIXES,
-    BadFileError,
-    check_photo,
-    decode,
-)
+from train.data.images import IMAGE_SUFFIXES, BadFileError, check_photo, decode
 from train.errors import UsageError
 from train.output.checkpoints import Checkpoints
 from train.output.run_folder import CONFIG
@@ -35,17 +32,17 @@ from train.tasks import TASKS
 from train.tasks.base import Task
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class LoadedRun:
     """The networks of a run, from its last checkpoint.
 
     Attributes:
-      folder: the folder of the run.
-      config: its settings.
-      dataset: what is known about its dataset, without examples.
+      folder: the run folder.
+      config: the settings of the run.
+      dataset: the description of its dataset, without examples.
       task: its task.
-      graphdefs: the definition of each network.
-      params: (params, model_state) to evaluate, each by network.
+      graphdefs: the graph definition of each network.
+      params: the (params, model_state) to evaluate; both are dicts by network.
     """
 
     folder: Path
@@ -56,26 +53,36 @@ class LoadedRun:
     params: tuple[Tree, Tree]
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """Returns what the task predicts for stored images, uint8 (batch, ...)."""
+        """Returns the predictions of the task.
+
+        Args:
+          images: stored images, uint8 (batch, height, width, channels).
+        """
+        return np.asarray(self._predict(self.params, images))
+
+    @functools.cached_property
+    def _predict(self) -> Callable[[tuple[Tree, Tree], np.ndarray], jax.Array]:
+        """The jitted function, kept so that further images do not compile it again."""
 
         @jax.jit
         def predict(params: tuple[Tree, Tree], images: jax.Array) -> jax.Array:
             networks = eval_networks(self.graphdefs, *params)
             return self.task.predict(networks, images)
 
-        return np.asarray(predict(self.params, images))
+        return predict
 
 
 def load_run(folder: Path, seed: int | None, console: Console) -> LoadedRun:
     """Loads the networks of a run, whether it has finished or not.
 
     Args:
-      folder: the folder of the run.
+      folder: the run folder.
       seed: the seed whose networks are loaded; the first one of the run if unset.
-      console: where damaged checkpoints are named.
+      console: shows which checkpoints are damaged and skipped.
 
     Raises:
-      UsageError: if the folder does not hold a run with a checkpoint and this seed.
+      UsageError: if the folder does not hold a run, or the run does not have this seed
+        or a checkpoint that can be read.
     """
     try:
         content = json.loads((folder / CONFIG).read_text())["config"]
@@ -127,13 +134,13 @@ def export(run: LoadedRun, output: Path | None, console: Console) -> list[Path]:
     """Saves the weights of each network as safetensors.
 
     Args:
-      run: the run.
-      output: the file to write; weights.safetensors in the run folder if unset. The
-        name of the network is added if there are several.
-      console: where to say what was written.
+      run: the loaded run.
+      output: the file to write; weights.safetensors in the run folder if unset. If
+        there are several networks, each has its own file with its name in the name.
+      console: shows the path of each file.
 
     Returns:
-      The files.
+      The paths of the files.
     """
     output = output or run.folder / "weights.safetensors"
     params, model_state = run.params
@@ -157,21 +164,22 @@ def predict(
     and images back to the size of the file.
 
     Args:
-      run: the run.
+      run: the loaded run.
       images: files, or folders of them.
       output: folder for pictures and tables; predictions in the run folder if unset.
-      console: where to say what was found.
+      console: shows the prediction for each file.
 
     Raises:
-      UsageError: if there are no images, or one cannot be read.
+      UsageError: if there are no images, if two have the same name, or if one cannot be
+        read.
     """
     files = _image_files(images)
     output = output or run.folder / "predictions"
     output.mkdir(parents=True, exist_ok=True)
     reader = run.dataset.split("train").reader
-    if reader.fit == "pad":  # the padding would be predicted as well
+    if reader.fit == "pad":  # padding would be predicted too
         reader = dataclasses.replace(reader, fit="stretch")
-    elif reader.fit == "stretch":  # no part is to be cropped
+    elif reader.fit == "stretch":  # a crop would leave out a part of the image
         size = run.config.data.training_size(run.dataset)
         reader = dataclasses.replace(reader, size=size)
     field = reader.fields[run.task.input_name]
@@ -194,8 +202,8 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise UsageError(
-            f"several images are called {twice[0]}: predict them one by one, each with "
-            "an output folder of its own"
+            f"several images are called {twice[0]}: predict them one by one, each into "
+            "another output folder"
         )
     if not files:
         raise UsageError(
@@ -220,7 +228,7 @@ def compare(
 
     Args:
       runs: runs of one task on one dataset.
-      labels: what to call each of them.
+      labels: a label for each run.
       count: number of examples of the evaluation split.
       output: the PNG file to write.
 

@@ -61,9 +61,12 @@ class Program:
       config: the settings of the run.
       mesh: the devices.
       graphdefs: the definition of each network.
-      schedules: the learning rate of each network over the steps.
+      schedules: the learning rate schedule of each network.
       abstract_state: shapes, dtypes and shardings of a state.
-      compile_seconds: time that it took to trace and compile the step.
+      train_step: the compiled step (state, feed) -> state; it donates the state.
+      steps_before: a function that returns the number of steps before an epoch; the
+        first epoch is 0.
+      compile_seconds: time that it took to trace and compile the step, in seconds.
     """
 
     def __init__(
@@ -80,8 +83,8 @@ class Program:
         Args:
           task: the task to train.
           config: the settings of the run.
-          train_loader: loads training examples to the devices of the mesh.
-          eval_loader: loads evaluation examples to the devices of the mesh.
+          train_loader: loads training examples onto the devices of the mesh.
+          eval_loader: loads evaluation examples onto the devices of the mesh.
           mesh: the devices.
 
         Raises:
@@ -97,8 +100,8 @@ class Program:
         sampler = self._sampler(0)
         self.steps_before = sampler.steps_before
         networks = nnx.eval_shape(lambda: task.create_networks(nnx.Rngs(0)))
-        # Definitions are the same for every seed, and optimizers differ in the key that
-        # enters their initial state only.
+        # Seeds share the graph definitions. Their optimizers differ only in the key of
+        # the initial state.
         trainables = self._trainables(networks, jax.random.key(0))
         self.graphdefs = {name: t.graphdef for name, t in trainables.items()}
         self.schedules = {
@@ -124,14 +127,13 @@ class Program:
         self._shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         jitted = jax.jit(step_and_log, donate_argnums=0, out_shardings=self._shardings)
         self.train_step = jitted.lower(self.abstract_state, feed).compile()
-        """The compiled step (state, feed) -> state; it donates the state."""
         self._empty_log = jax.jit(self._new_log, out_shardings=self._shardings.log)
         self._evaluate = self._make_evaluation()
         self.compile_seconds = time.perf_counter() - start
 
     def init_state(self, seed: int) -> TrainState:
         """Returns the state before the first step."""
-        # Not jitted: op by op it compiles small programs that all runs share.
+        # Not jitted: operation by operation, it compiles programs that all runs share.
         keys = _split_key(seed)
         networks = self.task.create_networks(nnx.Rngs(keys.params))
         self.task.load_weights(networks)
@@ -142,10 +144,10 @@ class Program:
         return put(state._replace(log=self._new_log()), self._shardings)
 
     def names_of(self, metric: str) -> tuple[str, ...]:
-        """Returns the names that a metric has in the records.
+        """Returns the names of a metric in the records.
 
-        With several networks, that of each network begins with its name; the score of
-        an evaluation does not, and comes last.
+        If there are several networks, the training metric of each begins with the name
+        of the network. The last name is the metric itself, for scores of evaluations.
         """
         several = self.graphdefs if len(self.graphdefs) > 1 else ()
         return (*(f"{name}_{metric}" for name in several), metric)
@@ -155,7 +157,7 @@ class Program:
         return state._replace(log=self._empty_log())
 
     def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
-        """Yields what each step takes, without end, from a step on."""
+        """Yields the input of each step, from `first_step` on and without end."""
         return self._train_loader.feeds(self._sampler(seed), first_step)
 
     def evaluate(self, state: TrainState) -> Sums:
@@ -163,7 +165,12 @@ class Program:
         return jax.device_get(self._evaluate(eval_params(state)))
 
     def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
-        """Returns what the task predicts for stored images (batch, ...)."""
+        """Returns the predictions of the task.
+
+        Args:
+          state: the state, whose average is used if there is one.
+          images: stored images, uint8 (batch, height, width, channels).
+        """
 
         @jax.jit
         def predict(params: Tree, images: jax.Array) -> jax.Array:
@@ -252,7 +259,7 @@ class Program:
         most = min(_EVAL_BATCH_FACTOR * self.config.batch_size, loader.num_examples)
         batch_size = num_shards * math.ceil(most / num_shards)
         sampler = SequentialSampler(loader.num_examples, batch_size)
-        # Each evaluation goes on where the last one ended, at the first example again.
+        # The feeds do not end: each evaluation takes one epoch of them.
         feeds = zip(itertools.count(), loader.feeds(sampler))
 
         def evaluate_batch(params: Tree, feed: Any, step: jax.Array) -> Sums:
@@ -280,6 +287,9 @@ def open_program(
     config: TrainingConfig, progress: Progress = silent
 ) -> tuple[Program, Dataset]:
     """Loads the data and compiles the run that a config describes.
+
+    Returns:
+      The compiled run and its dataset.
 
     Raises:
       UsageError: if the config does not fit the data or the devices.

@@ -1,8 +1,8 @@
-"""The whole life of a run, from its settings to all that it leaves behind.
+"""Trains from settings, and writes metrics, checkpoints, figures and a summary.
 
-`run` does everything in order: it opens the folder and the data, compiles the step,
-trains one seed after the other, draws figures and writes a summary. `train_seed` is the
-training loop itself; it writes nothing, and tells its callbacks what has happened.
+`run` opens the run folder, loads the data, compiles the step, trains one seed after the
+other, draws figures and writes a summary. `train_seed` is the training loop. It writes
+nothing, but calls its `Callbacks`.
 """
 
 import contextlib
@@ -41,12 +41,12 @@ SUMMARY = "summary.json"
 DATASET = "dataset.json"
 CURVES = "curves.png"
 
-# Examples whose predictions are drawn.
+# The number of examples whose predictions are drawn.
 _NUM_SAMPLES = 6
 
 
 def checkpoint_folder(folder: Path, seed: int) -> Path:
-    """Returns the folder of the checkpoints of a seed."""
+    """Returns the folder that holds the checkpoints of a seed."""
     return folder / "checkpoints" / f"seed{seed}"
 
 
@@ -57,7 +57,7 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or the parameters are no longer finite.
 
     Attributes:
-      step: the first step that gave such a number.
+      step: the first step whose loss or parameters were not finite.
     """
 
     def __init__(self, seed: int, step: int, epoch: int):
@@ -69,25 +69,26 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class Callbacks:
-    """What the training loop calls; these methods do nothing.
+    """The methods that the training loop calls; those of this base class do nothing.
 
-    A state is donated to the next step, so it must not be kept without a copy.
+    The next step donates the arrays of the state, so a method that keeps them must copy
+    them.
     """
 
     def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
-        """Is called after every few steps.
+        """Called after every few steps.
 
         Args:
-          state: the state after them.
+          state: the state after these steps.
           count: number of steps since the last call.
-          seconds: time that the steps of the epoch have taken so far.
+          seconds: time that the steps of the epoch have taken so far, in seconds.
         """
 
     def on_log(self, record: Record) -> None:
-        """Is called with the metrics of every step that is to be logged."""
+        """Called with the metrics of every step that is logged."""
 
     def on_epoch(self, state: TrainState, record: Record) -> None:
-        """Is called with the metrics of every epoch, after its evaluation."""
+        """Called with the metrics of every epoch, after its evaluation."""
 
 
 def train_seed(
@@ -99,21 +100,25 @@ def train_seed(
     finished_epochs: int = 0,
     seconds: float = 0.0,
 ) -> tuple[TrainState, Sums | None]:
-    """Trains from one seed to the last epoch.
+    """Trains one seed to the last epoch.
 
     Args:
       program: the compiled run.
       seed: determines parameters, order of examples, augmentation and random factors.
-      callbacks: what to call on the way.
-      state: the state to go on from; the one before the first step if unset.
-      finished_epochs: number of epochs that are recorded already.
-      seconds: time that the steps of the epoch in progress have taken already.
+      callbacks: called during training; if unset, nothing is called.
+      state: the state to continue from; the one before the first step if unset.
+      finished_epochs: number of epochs that are complete and were passed to
+        `callbacks.on_epoch`.
+      seconds: time that the steps of the epoch in progress have taken so far, in
+        seconds.
 
     Returns:
-      The last state, and the sums of the last evaluation; None without an evaluation.
+      The last state, and the sums of the last evaluation. The sums are None if all
+      epochs were finished before.
 
     Raises:
-      NonFiniteLossError: at the next logged step after the loss became NaN or infinite.
+      NonFiniteLossError: if the loss or the parameters become NaN or infinite. It is
+        raised at the next logged step.
     """
     config, callbacks = program.config, callbacks or Callbacks()
     state = program.init_state(seed) if state is None else state
@@ -147,7 +152,7 @@ def train_seed(
 
 
 def _next_steps_in_flight(count: int, seconds: float) -> int:
-    """Returns as many steps as take a second, so that progress is seen to move."""
+    """Returns how many steps take about a second, so that progress is visible."""
     steps = max(1, min(STEPS_IN_FLIGHT, 2 * count, int(count / seconds)))
     # The clocks of processes differ, and all have to report after the same steps.
     return int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
@@ -177,7 +182,7 @@ def _epoch_record(
     scores: dict[str, float],
     seconds: float,
 ) -> Record:
-    """Returns the means of an epoch and the scores of its evaluation."""
+    """Returns the mean metrics of an epoch and the scores of its evaluation."""
     log = jax.device_get(state.log)
     step, split = program.steps_before(epoch), program.config.data.eval_split
     means = {key: total / log.steps for key, total in log.sums.items()}
@@ -193,7 +198,7 @@ def _epoch_record(
 
 
 def _learning_rates(program: Program, step: int) -> Record:
-    """Returns the learning rates of the step before."""
+    """Returns the learning rate of each network in the latest of `step` steps."""
     rates = {name: float(f(step - 1)) for name, f in program.schedules.items()}
     if len(rates) == 1:
         return {"learning_rate": next(iter(rates.values()))}
@@ -210,19 +215,21 @@ def run(
     resume: bool = True,
     console: Console | None = None,
 ) -> list[Record]:
-    """Trains as configured, and writes metrics, checkpoints, figures and a summary.
+    """Trains all seeds, and writes metrics, checkpoints, figures and a summary.
 
     Args:
       config: the settings of a task, such as a `ClassificationConfig`.
       run_dir: the folder to write to; None for a new folder under runs/.
-      resume: whether a folder that holds a run of the same settings is continued.
-      console: where to show progress and results.
+      resume: whether to continue the run in `run_dir`, if it has the same settings.
+      console: where to show progress and results; standard output if unset.
 
     Returns:
-      A record for each seed and epoch, as in `metrics.jsonl`.
+      A record for each seed and epoch, as in `metrics.jsonl`, ordered by epoch.
 
     Raises:
-      RunFolderError: before training, if the folder cannot be used.
+      UsageError: if the settings do not fit the data or the devices, or if several
+        processes have no `run_dir`.
+      RunFolderError: if the folder cannot be used; raised before training.
       CheckpointError: if a checkpoint cannot be written, or none can be read.
       NonFiniteLossError: if the loss is no longer finite.
       PreemptedError: if the process was told to end.
@@ -231,7 +238,9 @@ def run(
     console = console or make_console(quiet=not is_first)
     progress = shown_on(console) if is_first else silent
     if run_dir is None and jax.process_count() > 1:
-        raise UsageError("several processes need one run folder, which they all see")
+        raise UsageError(
+            "run_dir must be set for several processes, to a folder that all can see"
+        )
 
     # Open the folder.
     with open_run_folder(
@@ -242,8 +251,8 @@ def run(
         writes=is_first,
     ) as folder:
         if (folder.path / SUMMARY).exists():
-            console.print(f"{folder.path} holds this run already, finished")
-            return folder.read(EPOCHS)
+            console.print(f"{folder.path} already holds this run, finished")
+            return _by_epoch(folder.read(EPOCHS))
 
         # Load the data and compile the step.
         program, dataset = open_program(config, progress)
@@ -261,7 +270,7 @@ def run(
                 if seed == config.seed:
                     first_state, first_sums = state, sums
 
-        # Draw all seeds, and what the first one predicts.
+        # Draw the curves of all seeds, and predictions of the first one.
         _draw(program, dataset, folder, records, first_state, first_sums)
 
         # Summarize.
@@ -274,15 +283,19 @@ def run(
                 f"{summary['train_seconds']:.1f} s (compiled in "
                 f"{program.compile_seconds:.1f} s); written to {folder.path}"
             )
-        return sorted(records, key=lambda record: (record["epoch"], record["seed"]))
+        return _by_epoch(records)
+
+
+def _by_epoch(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record["epoch"], record["seed"]))
 
 
 class SeedOutput(Callbacks):
-    """Trains one seed, and saves and shows where it stands.
+    """Trains one seed, writes its metrics and checkpoints, and shows its progress.
 
     Attributes:
       records: the metrics of its epochs so far.
-      checkpoints: those of the seed; open while it trains.
+      checkpoints: the checkpoints of the seed, which are open during `train`.
     """
 
     checkpoints: Checkpoints
@@ -295,14 +308,14 @@ class SeedOutput(Callbacks):
         reporter: Reporter,
         preempted: Callable[[], bool],
     ):
-        """Takes what it trains and where it writes.
+        """Opens nothing yet; `train` does.
 
         Args:
           program: the compiled run.
-          seed: the seed.
-          folder: the folder of the run.
+          seed: the seed to train.
+          folder: the run folder to write to.
           reporter: shows progress.
-          preempted: tells whether the process was told to end.
+          preempted: returns whether the process was told to end.
         """
         self.records: list[Record] = []
         self._program, self._config = program, program.config
@@ -311,7 +324,14 @@ class SeedOutput(Callbacks):
         self._last_save = time.monotonic()
 
     def train(self, warn: Callable[[str], None]) -> tuple[TrainState, Sums | None]:
-        """Trains to the end, from the last checkpoint on if there is one."""
+        """Trains to the last epoch, from the last checkpoint if there is one.
+
+        Args:
+          warn: called with a line for each warning.
+
+        Returns:
+          The last state and the sums of the last evaluation, as from `train_seed`.
+        """
         folder = self._folder
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(
@@ -356,7 +376,7 @@ class SeedOutput(Callbacks):
         self._write(STEPS, "step", record)
 
     def on_epoch(self, state: TrainState, record: Record) -> None:
-        """Writes and shows the metrics of an epoch, and saves if it is time to."""
+        """Writes and shows the metrics of an epoch, and saves when it is due."""
         self.records.append(record)
         self._write(EPOCHS, "epoch", record)
         self._reporter.describe(_progress_line(self._program, record))
@@ -369,7 +389,10 @@ class SeedOutput(Callbacks):
         self._end_if_preempted(state, record["seconds"])
 
     def _restore(self, warn: Callable[[str], None]) -> tuple[TrainState, float]:
-        """Returns the state to start from, and keeps the records up to it."""
+        """Returns the state to start from and its time, and drops later records.
+
+        The time is the one that the steps of the epoch have taken so far, in seconds.
+        """
         whole = replicated(self._program.mesh)
         seconds_like = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
         like = (self._program.abstract_state, seconds_like)
@@ -385,7 +408,7 @@ class SeedOutput(Callbacks):
                 for record in self._folder.read(name)
                 if record["seed"] != self._seed or record["step"] <= step
             ]
-            self._folder.keep(name, kept)
+            self._folder.replace(name, kept)
             if name == EPOCHS:
                 self.records = [r for r in kept if r["seed"] == self._seed]
         return state, seconds
@@ -402,7 +425,7 @@ class SeedOutput(Callbacks):
         self._last_save = time.monotonic()
 
     def _end_if_preempted(self, state: TrainState, seconds: float) -> None:
-        # Every process asks, so that all end at the same step.
+        # Every process checks, so that all end at the same step.
         if not self._preempted() or len(self.records) == self._config.epochs:
             return
         self._save(state, seconds)
@@ -413,15 +436,15 @@ class SeedOutput(Callbacks):
         )
 
 
-######## What a run shows #############################################################
+######## Summary and figures ##########################################################
 
 
 def summarize(program: Program, records: Sequence[Record]) -> dict[str, Any]:
     """Returns the content of `summary.json`: the last epoch, and totals of the run.
 
     Args:
-      program: the run.
-      records: those of all epochs of all seeds.
+      program: the compiled run.
+      records: the records of all epochs and seeds.
     """
     config = program.config
     last = _last(records)
@@ -453,7 +476,7 @@ def _mean(records: Sequence[Record], name: str) -> float:
 
 
 def _progress_line(program: Program, record: Record) -> str:
-    """Returns what the progress line says at the end of an epoch."""
+    """Returns the text of the progress line at the end of an epoch."""
     config, epoch = program.config, int(record["epoch"])
     steps = program.steps_before(epoch) - program.steps_before(epoch - 1)
     losses = [
@@ -495,7 +518,7 @@ def _draw(
     state: TrainState,
     sums: Sums | None,
 ) -> None:
-    """Draws the curves of all seeds, and what the task shows of the first one."""
+    """Draws the curves of all seeds, and the task's figures of the first one."""
     task, config = program.task, program.config
     split_name = config.data.eval_split
     split = dataset.split(split_name)

@@ -1,9 +1,9 @@
 """Settings as frozen dataclasses that check their fields when they are made.
 
 Pydantic checks types, literals and ranges, whether the values come from Python, from
-the command line or from a file. Its report of several lines becomes one line here. No
-value is converted to another type: neither "3" nor True is an integer. But integers are
-numbers, lists are taken for tuples, and strings for paths.
+the command line or from a file. An error is reported in one line. Values are not
+converted to another type, so neither "3" nor True is accepted as an integer. There are
+three exceptions: integers are accepted as floats, lists as tuples and strings as paths.
 
 >>> from typing import Literal
 >>> @settings
@@ -52,8 +52,9 @@ AnyPath = Annotated[Path, pydantic.Field(strict=False)]
 def settings(cls: type[T]) -> type[T]:
     """Makes a class a frozen, keyword-only dataclass whose fields are checked.
 
-    Its constructor raises UsageError, a ValueError, which names the setting, the value
-    and what is allowed. `dataclasses.replace` and `from_json` check as well.
+    The constructor raises `UsageError`, a `ValueError`, if a value is not allowed. The
+    message names the setting, its value and what is allowed. `dataclasses.replace` and
+    `from_json` also check the fields.
     """
     checked: Any = pydantic.dataclasses.dataclass(
         frozen=True,
@@ -78,10 +79,10 @@ def settings(cls: type[T]) -> type[T]:
 
 @contextlib.contextmanager
 def wrong_settings_exit() -> Iterator[None]:
-    """Has a wrong setting end the process with one line and exit code 2.
+    """Makes a wrong setting end the process with one line and exit code 2.
 
-    For command lines: tyro makes the configs, and would show the error in a box, under
-    names of its own.
+    This is for command lines, where tyro makes the configs. Without it, tyro would show
+    the error in a box, under other names.
     """
     token = _exits.set(True)
     try:
@@ -101,7 +102,7 @@ def _refuse(error: UsageError) -> NoReturn:
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
-    """Rebuilds settings from what `dataclasses.asdict` and JSON made of them.
+    """Makes settings from JSON that was written from `dataclasses.asdict`.
 
     >>> import dataclasses, json
     >>> from train.config import TrainingConfig
@@ -110,11 +111,15 @@ def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
     ...     ) == config
     True
 
+    Args:
+      kind: the class of the settings.
+      content: the settings by name, as `json.loads` returns them.
+
     Raises:
-      UsageError: if a setting is missing, unknown, or not allowed.
+      UsageError: if a setting is missing, unknown or not allowed.
     """
     try:
-        # As JSON, where a list is a tuple and a dict is a config.
+        # From JSON text, pydantic accepts a list as a tuple and a dict as a config.
         config = pydantic.TypeAdapter(kind).validate_json(json.dumps(content))
     except pydantic.ValidationError as error:
         raise UsageError(_explain(error)) from None
@@ -125,7 +130,7 @@ def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
 
 
 def _names(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of settings, without those of nested configs."""
+    """Yields the dotted names of all settings that are not nested configs."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _names(value, f"{prefix}{name}.")
@@ -134,7 +139,7 @@ def _names(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _explain(error: pydantic.ValidationError) -> str:
-    """Puts all that is wrong into one line."""
+    """Describes all problems in one line."""
     return "; ".join(map(_explain_one, error.errors()))
 
 
@@ -164,7 +169,12 @@ class Choice(PrimitiveConstructorSpec[str]):
     """
 
     def __init__(self, what: str, known: Iterable[str]):
-        """Takes what is chosen, for messages, and the names."""
+        """Makes the annotation.
+
+        Args:
+          what: the kind of thing that is named, for error messages.
+          known: the names that are allowed.
+        """
         names = {name: name for name in known}
         super().__init__(
             nargs=1,
@@ -190,7 +200,12 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
     """Annotates a tuple of known names, which the command line separates by commas."""
 
     def __init__(self, what: str, known: Mapping[str, str]):
-        """Takes what is listed, for messages, and the names with a description each."""
+        """Makes the annotation.
+
+        Args:
+          what: the kind of thing that is named, for error messages.
+          known: a description of each name that is allowed.
+        """
         super().__init__(
             nargs=1,
             metavar="NAME,NAME,...",
@@ -206,7 +221,7 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
         object.__setattr__(self, "_check", check)  # the base class is frozen
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Checks the names after the type; a list is taken for a tuple."""
+        """Checks the names after the type; a list is accepted as a tuple."""
         schema = handler(source) | {"strict": False}
         return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 

@@ -1,5 +1,6 @@
 """The training step: the state of a run, and the pure function that advances it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,13 +20,14 @@ Record: TypeAlias = dict[str, float]
 
 
 class EpochLog(NamedTuple):
-    """What the steps of an epoch have logged so far.
+    """The metrics of the steps of an epoch so far.
 
     Attributes:
-      sums: losses and metrics, added up over the steps.
+      sums: losses and metrics, float32 (), added up over the steps.
       latest: all scalars of the latest step.
-      steps: number of steps.
-      bad_step: the first step whose loss or parameters were not finite; -1 for none.
+      steps: number of steps, int32 ().
+      bad_step: the first step whose loss or parameters were not finite, int32 (); -1
+        for none.
     """
 
     sums: dict[str, Scalar]
@@ -35,16 +37,16 @@ class EpochLog(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step.
+    """The state of a run, which a step takes and returns.
 
     Attributes:
       params: parameters of each network.
       model_state: all other state of each network.
       opt_state: optimizer state of each network.
       ema: moving average of (params, model_state); () if there is none.
-      step: number of steps taken.
-      key: the key of the augmentation.
-      log: what the epoch has logged.
+      step: number of steps taken, int32 ().
+      key: the PRNG key of the augmentation.
+      log: the metrics of the epoch so far.
     """
 
     params: dict[str, Tree]
@@ -61,8 +63,9 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       averaged: losses and metrics, which an epoch averages.
-      latest: norms and states of techniques, of which an epoch keeps the latest.
-      is_finite: whether all losses and parameters are finite.
+      latest: norms and scalars of the optimizer states; an epoch keeps the values of
+        its latest step.
+      is_finite: whether all losses and parameters are finite, bool ().
     """
 
     averaged: dict[str, Scalar]
@@ -79,7 +82,7 @@ class Trainable(NamedTuple):
     Attributes:
       graphdef: the definition of the network.
       tx: its optimizer.
-      logged: the scalars of the optimizer state that are logged.
+      logged: names of the scalars in the optimizer state that are logged.
     """
 
     graphdef: nnx.GraphDef[models.Network]
@@ -94,10 +97,10 @@ def make_train_step(
     grad_accum_steps: int = 1,
     ema_decay: float = 0.0,
 ) -> TrainStep:
-    """Makes the pure function (state, batch) -> (state, metrics).
+    """Makes the training step, a pure function (state, batch) -> (state, metrics).
 
-    Networks train one after the other on the same batch; each sees the others as they
-    are by then. The log of the state is left as it is.
+    Networks train one after the other on the same batch. The loss of a network sees the
+    updates of the networks before it. The step does not change the log of the state.
 
     Args:
       task: the task, whose losses are minimized.
@@ -162,20 +165,16 @@ def make_train_step(
                 metrics.is_finite & found.is_finite,
             )
         if ema_decay:
+            move = functools.partial(_moving_average, weight=1 - ema_decay)
             new = (state.params, state.model_state)
-            ema = jax.tree.map(
-                lambda new, old: _moving_average(old, new, 1 - ema_decay),
-                new,
-                state.ema,
-            )
-            state = state._replace(ema=ema)
+            state = state._replace(ema=jax.tree.map(move, state.ema, new))
         return state._replace(step=state.step + 1), metrics
 
     return train_step
 
 
 def _moving_average(old: jax.Array, new: jax.Array, weight: float) -> jax.Array:
-    """Moves floating point arrays by `weight`; takes over counters and keys."""
+    """Moves floating-point arrays by `weight`, and replaces counters and keys."""
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return new
     return old + (weight * (new - old)).astype(old.dtype)
@@ -188,7 +187,17 @@ def init_state(
     *,
     ema_decay: float = 0.0,
 ) -> TrainState:
-    """Returns the state before the first step, with a log of no scalars."""
+    """Returns the state before the first step.
+
+    Args:
+      networks: the networks by name.
+      trainables: their graph definitions and optimizers by name.
+      key: the PRNG key of the augmentation.
+      ema_decay: decay of the moving average; 0 for none.
+
+    Returns:
+      The state. Its log has no metrics, since their names are not known yet.
+    """
     parts = {name: split(networks[name]) for name in trainables}
     params = {name: part[1] for name, part in parts.items()}
     model_state = {name: part[2] for name, part in parts.items()}
@@ -218,7 +227,7 @@ def eval_networks(
     return {
         name: nnx.view(
             nnx.merge(graphdef, params[name], model_state[name], copy=True),
-            raise_if_not_found=False,  # a network may have neither
+            raise_if_not_found=False,  # it may have neither dropout nor statistics
             deterministic=True,
             use_running_average=True,
         )
@@ -227,7 +236,7 @@ def eval_networks(
 
 
 def empty_log(metrics: StepMetrics) -> EpochLog:
-    """Returns an empty log for steps with such metrics."""
+    """Returns the log before the first step, for steps that return such metrics."""
     averaged, latest = optax.tree.zeros_like((metrics.averaged, metrics.latest))
     return EpochLog(averaged, averaged | latest, jnp.int32(0), jnp.int32(-1))
 

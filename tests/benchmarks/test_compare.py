@@ -107,7 +107,7 @@ def test_a_study_is_run_once_and_finished_where_it_stopped(
     assert (folder / "rows.jsonl").read_bytes() == before
 
     # Another study does not go into the folder.
-    with pytest.raises(SystemExit, match="epochs: 1 there, 2 here"):
+    with pytest.raises(SystemExit, match="epochs: 1 in the folder, now 2"):
         run(*arguments, "--epochs", 2)
 
 

@@ -1,4 +1,4 @@
-"""The tables of the pages are those of the committed rows."""
+"""The tables of the pages show the committed rows."""
 
 import csv
 import dataclasses

@@ -77,7 +77,7 @@ def test_a_report_saves_rows_and_says_where(tmp_path, capsys):
     for column in ("commit", "python", "jax", "device", "processor"):
         assert row[column]
     with (
-        pytest.raises(RunFolderError, match="holds this run already"),
+        pytest.raises(RunFolderError, match="already holds this run"),
         open_report("name", config, tmp_path / "run"),
     ):
         pass

@@ -162,7 +162,7 @@ def test_dense_upsampling_is_a_convolution_and_a_shuffle(monkeypatch):
     np.testing.assert_allclose(logits, shuffled(cells, 8), rtol=1e-3, atol=1e-4)
 
 
-# Normalisation.
+# Normalization.
 
 
 def test_batch_norm_is_that_of_pytorch():
@@ -268,7 +268,7 @@ def test_adaptive_pooling_is_that_of_a_loop(size, bins):
 
 
 def interpolation(size, wanted):
-    """Returns weights (wanted, size); pixel centres lie at halves, edges repeat."""
+    """Returns weights (wanted, size); pixel centers lie at halves, edges repeat."""
     weights = np.zeros((wanted, size))
     for i in range(wanted):
         place = np.clip((i + 0.5) * size / wanted - 0.5, 0, size - 1)

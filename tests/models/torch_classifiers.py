@@ -22,7 +22,7 @@ def global_average(x):
 
 
 # ---------------------------------------------------------------------------
-# ResNet (He et al. 2015) and ResNeXt (Xie et al. 2016): normalisation after the
+# ResNet (He et al. 2015) and ResNeXt (Xie et al. 2016): normalization after the
 # convolution, and the last ReLU after the addition.
 # ---------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class PreActResNet(nn.Module):
                 blocks.append(PreActBlock(channels, width, 2 if i and not j else 1))
                 channels = width
             setattr(self, self.stages[i], nn.Sequential(*blocks))
-        # The sum of the last block has not been normalised yet.
+        # The sum of the last block has not been normalized yet.
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
 
@@ -208,7 +208,7 @@ class PreActResNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------
-# VGG (Simonyan & Zisserman 2014) with batch normalisation.
+# VGG (Simonyan & Zisserman 2014) with batch normalization.
 # ---------------------------------------------------------------------------
 
 # Convolutions of each of the five stages; a 2x2 max pooling ends every stage.
@@ -554,7 +554,7 @@ class DeiT(nn.Module):
             self.head_dist = nn.Linear(width, num_classes)
 
     def tokens(self, x):
-        """Return the normalised tokens: class, distillation, then patches."""
+        """Return the normalized tokens: class, distillation, then patches."""
         x = self.patch_embed(x)
         first = [self.cls_token] + ([self.dist_token] if self.distilled else [])
         first = [extra.expand(len(x), -1, -1) for extra in first]

@@ -1,4 +1,4 @@
-"""The transforms in chains, with those of optax and with each other."""
+"""The transforms in chains, with transforms of optax and with each other."""
 
 import itertools
 from collections.abc import Mapping

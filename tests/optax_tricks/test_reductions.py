@@ -179,12 +179,12 @@ def test_means_of_centralize(name: str, n: int) -> None:
     for axes in (None, (0,), (1,)):
         tx = optax_tricks.centralize(axes)
 
-        def centred(w: jax.Array, tx: Any = tx) -> jax.Array:
+        def centered(w: jax.Array, tx: Any = tx) -> jax.Array:
             return tx.update(layout.gradient(w, 0), optax.EmptyState())[0]
 
         mean = g.mean(axes or (0,), keepdims=True)
-        assert_close(jax.jit(centred)(w), g - mean, scale=np.abs(g) + np.abs(mean))
-        two = jax.jit(jax.vmap(centred))(np.stack([w, w]))
+        assert_close(jax.jit(centered)(w), g - mean, scale=np.abs(g) + np.abs(mean))
+        two = jax.jit(jax.vmap(centered))(np.stack([w, w]))
         for got in two:
             assert_close(got, g - mean, scale=np.abs(g) + np.abs(mean))
 

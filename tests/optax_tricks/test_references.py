@@ -324,7 +324,7 @@ CHAINS = (
     "pugd momentum",
     "pugd decay momentum",
     "pugd gc random momentum",
-    # The probe uses the incoming gradient; the second gradient is that of grad_fn.
+    # The probe uses the incoming gradient; the second gradient comes from grad_fn.
     "gc pugd",
 )
 
@@ -520,7 +520,7 @@ def bb_chain(
 
 
 def alternating(k: int) -> float:
-    """A rate that changes fast, so that the k-th value differs from its neighbours."""
+    """A rate that changes fast, so that the k-th value differs from its neighbors."""
     return 0.1 + 0.2 * (k % 2)
 
 

@@ -164,7 +164,7 @@ def test_techniques_places_optimizers_and_schedules_are_listed(monkeypatch, caps
     assert names == [*TECHNIQUES, *PLACES, *OPTIMIZERS, *SCHEDULES]
     assert [line for line in lines if not line.startswith(" ")] == [
         "--techniques NAME,NAME,..., in the order of the chain",
-        "places that --techniques may name as well",
+        "places that --techniques can also name",
         "--optimizer",
         "--schedule",
     ]
@@ -285,11 +285,11 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(train_run, "open_program", None)
     run(monkeypatch, *common)
-    assert "holds this run already, finished" in capsys.readouterr().out
+    assert "already holds this run, finished" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(SystemExit, match=r"seed: 0 there, 1 here"):
+    with pytest.raises(SystemExit, match=r"seed: 0 in the folder, now 1"):
         run(monkeypatch, *common, "--seed", 1)
-    with pytest.raises(SystemExit, match="holds this run already: choose another"):
+    with pytest.raises(SystemExit, match="already holds this run: choose another"):
         run(monkeypatch, *common, "--resume", "never")
 
 

@@ -1,4 +1,4 @@
-"""However many devices share the work, the numbers are those of one device."""
+"""However many devices share the work, the numbers are the same as on one device."""
 
 import functools
 import re
@@ -250,7 +250,7 @@ def joined(monkeypatch):
         ("TPU_WORKER_HOSTNAMES", "localhost", False),
     ],
 )
-def test_launchers_are_recognised(monkeypatch, joined, name, value, several):
+def test_launchers_are_recognized(monkeypatch, joined, name, value, several):
     start_distributed(None, None, None)
     assert joined == []
     monkeypatch.setenv(name, value)

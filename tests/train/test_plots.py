@@ -210,7 +210,7 @@ def data_of(line):
     return list(line.get_xdata()), pytest.approx(list(line.get_ydata()), nan_ok=True)
 
 
-def labelled_lines(axes):
+def labeled_lines(axes):
     return {x.get_label(): x for x in axes.lines if not x.get_label().startswith("_")}
 
 
@@ -226,7 +226,7 @@ def test_curves_of_one_seed(split, draw):
     for axes, name in zip(
         draw(records(split=split), split=split), ("loss", "accuracy"), strict=True
     ):
-        lines = labelled_lines(axes)
+        lines = labeled_lines(axes)
         assert (
             list(lines) == [f"train {name}", f"{split} {name}"] == list(legend_of(axes))
         )
@@ -315,12 +315,12 @@ def test_curves_of_two_networks_evaluated_now_and_then(draw):
         losses=("generator_loss", "discriminator_loss", "loss"),
         metrics=("generator_l1", "discriminator_l1", "l1"),
     )
-    assert list(labelled_lines(left)) == [
+    assert list(labeled_lines(left)) == [
         "train generator loss",
         "train discriminator loss",
     ]
-    assert list(labelled_lines(right)) == ["train generator l1", "test l1"]
-    assert data_of(labelled_lines(right)["test l1"]) == ([1, 3], [0.3, 0.3])
+    assert list(labeled_lines(right)) == ["train generator l1", "test l1"]
+    assert data_of(labeled_lines(right)["test l1"]) == ([1, 3], [0.3, 0.3])
     for axes in (left, right):
         colors = [to_rgb(line.get_color()) for line in axes.lines]
         assert len(set(colors)) == 2
@@ -336,7 +336,7 @@ def test_one_epoch_is_drawn_as_dots(seeds, draw):
         for line in axes.lines:
             assert line.get_marker() == "o"
             assert list(line.get_markevery()) == [True]
-        train, test = labelled_lines(axes).values()
+        train, test = labeled_lines(axes).values()
         assert to_rgb(train.get_markerfacecolor()) == (1, 1, 1)
         assert to_rgb(test.get_markerfacecolor()) == to_rgb(test.get_color())
 
@@ -344,7 +344,7 @@ def test_one_epoch_is_drawn_as_dots(seeds, draw):
 def test_what_stands_alone_between_gaps_is_a_dot(draw):
     found = records()
     found[1]["test_loss"] = found[3]["test_loss"] = NAN
-    line = labelled_lines(draw(found)[0])["test loss"]
+    line = labeled_lines(draw(found)[0])["test loss"]
     assert list(line.get_markevery()) == [True, False, True, False, True]
 
 
@@ -541,13 +541,13 @@ def test_bars_of_many_classes_have_a_bounded_size(path):
 # --------------------------------- Images ---------------------------------------------
 
 
-def save_labelled(images, captions, path, **options):
+def save_labeled(images, captions, path, **options):
     plots.save_images({"image": images}, path, captions=captions, **options)
 
 
 def test_images_are_in_reading_order(path):
     colors = [RED, GREEN, BLUE, (255, 0, 255), (0, 255, 255), (255, 255, 0)]
-    save_labelled(map(plain, colors), "abcdef", path, title="six")
+    save_labeled(map(plain, colors), "abcdef", path, title="six")
     sheet = read(path)
     rows, columns = zip(
         *([indices.mean() for indices in where(sheet, color)] for color in colors),
@@ -562,7 +562,7 @@ def test_images_are_in_reading_order(path):
 def test_captions_stand_above_their_images(figures, path):
     captions = ["cat", "$dog$\nsgd: cow 97 %", ""]
     levels = [50, 100, 150]
-    save_labelled(map(gray, levels), captions, path, title="three $")
+    save_labeled(map(gray, levels), captions, path, title="three $")
     (figure,) = figures
     assert figure.get_suptitle() == "three $"
     assert [axes.get_title() for axes in figure.axes] == captions
@@ -575,7 +575,7 @@ def test_captions_stand_above_their_images(figures, path):
 
 
 def test_captions_of_two_lines_overlap_no_image(figures, path):
-    save_labelled([gray(50)] * 12, ["a\nb\nc"] * 12, path)
+    save_labeled([gray(50)] * 12, ["a\nb\nc"] * 12, path)
     axes = figures[0].axes
     columns = sum(a.get_position().y0 == axes[0].get_position().y0 for a in axes)
     for upper, lower in zip(axes, axes[columns:], strict=False):
@@ -584,7 +584,7 @@ def test_captions_of_two_lines_overlap_no_image(figures, path):
 
 def test_small_images_keep_crisp_pixels(path):
     board = np.where(np.indices((28, 28)).sum(axis=0)[..., None] % 2, RED, BLUE)
-    save_labelled([np.uint8(board)] * 20, ["board"] * 20, path, title="boards")
+    save_labeled([np.uint8(board)] * 20, ["board"] * 20, path, title="boards")
     sheet = read(path).astype(int)
     colored = sheet[np.ptp(sheet, axis=-1) > 0]
     pure = (colored == RED).all(axis=-1) | (colored == BLUE).all(axis=-1)
@@ -593,7 +593,7 @@ def test_small_images_keep_crisp_pixels(path):
 
 def test_gray_and_color_images_of_any_size_share_a_sheet(path):
     found = [gray(90), plain(RED, 300, 500), plain(GREEN, 500, 300), plain(BLUE, 1, 1)]
-    save_labelled(found, ["gray", "color", "color", "gray"], path, title="mixed")
+    save_labeled(found, ["gray", "color", "color", "gray"], path, title="mixed")
     sheet = read(path)
     for color in ((90,) * 3, RED, GREEN, BLUE):
         assert share(sheet, color) > 0.05
@@ -604,16 +604,16 @@ def test_gray_and_color_images_of_any_size_share_a_sheet(path):
 
 @pytest.mark.parametrize("shape", [(1, 2000), (2000, 1)])
 def test_sheets_of_long_images_have_a_bounded_size(shape, path):
-    save_labelled([plain(RED, *shape)] * 3, "abc", path)
+    save_labeled([plain(RED, *shape)] * 3, "abc", path)
     assert max(read(path).shape) < 1700
 
 
 def test_long_captions_are_cut_to_the_image(path):
     # Text of neighbors would run into the gap between the images.
     found = [plain((90,) * 3)] * 12
-    save_labelled(found, ["W" * 200] * 12, path)
+    save_labeled(found, ["W" * 200] * 12, path)
     long = read(path)
-    save_labelled(found, ["short"] * 12, path)
+    save_labeled(found, ["short"] * 12, path)
     assert long.shape == pytest.approx(read(path).shape, abs=2)
     gray_columns = (long == 90).all(axis=-1).any(axis=0)
     first, last = np.nonzero(gray_columns)[0][[0, -1]]
@@ -624,7 +624,7 @@ def test_long_captions_are_cut_to_the_image(path):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 25, 36])
 def test_sheets_have_a_size_to_look_at(path, count):
-    save_labelled([plain(RED, 28, 28)] * count, ["red"] * count, path, title="a title")
+    save_labeled([plain(RED, 28, 28)] * count, ["red"] * count, path, title="a title")
     height, width, _ = read(path).shape
     assert 300 <= width <= 1700
     assert 300 <= height <= 1700
@@ -633,7 +633,7 @@ def test_sheets_have_a_size_to_look_at(path, count):
 
 def test_a_sheet_has_a_largest_number_of_examples(path, figures, monkeypatch):
     monkeypatch.setattr(images, "MOST_EXAMPLES", 3)
-    save_labelled(map(gray, (10, 20, 30, 40)), "abcd", path, title="t")
+    save_labeled(map(gray, (10, 20, 30, 40)), "abcd", path, title="t")
     (figure,) = figures
     assert figure.get_suptitle() == "t (the first 3 of 4)"
     assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c"]
@@ -692,7 +692,7 @@ def test_the_input_is_left_of_its_target(path):
 def test_lengths_must_agree(path):
     two = [plain(RED)] * 2
     with pytest.raises(ValueError, match="1 captions for 2 examples"):
-        save_labelled(two, ["red"], path)
+        save_labeled(two, ["red"], path)
     with pytest.raises(ValueError, match="zip"):
         plots.save_images({"a": two, "b": two[:1]}, path)
     masks = {"mask": [np.zeros((10, 10), int)]}
@@ -764,11 +764,11 @@ def test_legend_has_the_classes_that_occur():
     masks = [np.array([[3, 0]]), np.array([[0, 0], [0, 255]])]
     names = ["sky", "road", "car", "tree"]
     colors = np.array([RED, GREEN, BLUE, (51, 102, 204)], np.uint8)
-    legend = plots.class_legend(masks, names, colors, 255)
+    legend = images.class_legend(masks, names, colors, 255)
     assert [patch.get_label() for patch in legend] == ["sky", "tree", "ignored"]
     assert legend[1].get_facecolor()[:3] == pytest.approx((0.2, 0.4, 0.8))
     assert legend[2].get_hatch()
-    legend = plots.class_legend(masks[:1], names, colors, None)
+    legend = images.class_legend(masks[:1], names, colors, None)
     assert [patch.get_label() for patch in legend] == ["sky", "tree"]
 
 
@@ -777,13 +777,13 @@ def test_ignored_pixels_are_striped(ignore_label):
     mask = np.full((6, 6), ignore_label)
     mask[:, :2] = 0
     colors = np.array([RED], np.uint8)
-    found = plots.paint(mask, colors, ignore_label)
+    found = images.paint(mask, colors, ignore_label)
     assert found.dtype == np.uint8
     assert (found[:, :2] == RED).all()
     diagonals = np.indices((6, 6)).sum(axis=0)[:, 2:]
     stripes = np.where(diagonals // 2 % 2, 240, 100)[..., None]
     np.testing.assert_array_equal(found[:, 2:], np.broadcast_to(stripes, (6, 4, 3)))
-    (light, dark) = plots.class_legend([mask[:, 2:]], [], colors, ignore_label)[0], 100
+    (light, dark) = images.class_legend([mask[:, 2:]], [], colors, ignore_label)[0], 100
     assert light.get_facecolor()[:3] == rgb((240,) * 3)
     assert light.get_edgecolor()[:3] == rgb((dark,) * 3)
 
@@ -792,21 +792,21 @@ def test_the_photo_shows_through_its_mask(path, figures):
     image = np.array([[[0, 0, 0], [30, 60, 90], [255, 255, 255]]], np.uint8)
     colors = np.array([RED, (10, 20, 30)], np.uint8)
     mask = np.array([[0, 1, 0]], np.uint8)
-    found = plots.paint(mask, colors, None, image)
+    found = images.paint(mask, colors, None, image)
     assert found.dtype == np.uint8
     assert found.tolist() == [[[166, 0, 0], [28, 34, 40], [255, 89, 89]]]
-    found = plots.paint(np.array([[255, 255, 255]]), colors, 255, image)
+    found = images.paint(np.array([[255, 255, 255]]), colors, 255, image)
     assert found.tolist() == [[[65] * 3, [86] * 3, [245] * 3]]
     plots.save_masks(
         [image], {"mask": [mask]}, path, class_names="ab", colors=colors, blend=True
     )
     shown = figures[0].axes[1].images[0].get_array()
-    assert shown.tolist() == plots.paint(mask, colors, None, image).tolist()
+    assert shown.tolist() == images.paint(mask, colors, None, image).tolist()
 
 
 def test_values_without_a_class_are_refused():
     with pytest.raises(IndexError):
-        plots.paint(np.array([[2]]), plots.class_colors(2), 3)
+        images.paint(np.array([[2]]), plots.class_colors(2), 3)
 
 
 # --------------------------------- Colors ---------------------------------------------

@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
 
 
 def form_of(path):
-    """Size and colour mode of an image file."""
+    """Size and color mode of an image file."""
     with Image.open(path) as image:
         return image.size, image.mode
 
@@ -170,27 +170,31 @@ def test_pictures_of_runs_are_drawn_side_by_side(
 ):
     path = tmp_path / "comparison.png"
     drawn = []
-    draw = plots.save_comparison
+    save_images, save_masks = plots.save_images, plots.save_masks
 
-    def record(path, columns, *more):
+    def record_images(columns, path, **options):
         drawn.append(columns)
-        draw(path, columns, *more)
+        save_images(columns, path, **options)
 
-    monkeypatch.setattr(plots, "save_comparison", record)
+    def record_masks(photos, masks, path, **options):
+        drawn.append({"photo": photos, **masks})
+        save_masks(photos, masks, path, **options)
+
+    monkeypatch.setattr(plots, "save_images", record_images)
+    monkeypatch.setattr(plots, "save_masks", record_masks)
     labels = ("--labels", "plain", "scale_by_random")
     options = ("--count", 2, "--output", path)
     run(monkeypatch, "compare", runs / task, runs / task, *labels, *options)
     assert capsys.readouterr().out.endswith(f"written: {path}\n")
     (columns,) = drawn
-    titles, images = zip(*columns, strict=True)
+    titles = tuple(columns)
     if task == "segmentation":
         assert titles == ("photo", "truth", "plain", "scale_by_random")
     else:
         assert titles == ("input", "plain", "scale_by_random", "truth")
-    assert {len(column) for column in images} == {2}
-    by_title = dict(columns)
-    np.testing.assert_array_equal(by_title["plain"], by_title["scale_by_random"])
-    assert (np.asarray(by_title["plain"]) != np.asarray(by_title["truth"])).any()
+    assert {len(images) for images in columns.values()} == {2}
+    np.testing.assert_array_equal(columns["plain"], columns["scale_by_random"])
+    assert (np.asarray(columns["plain"]) != np.asarray(columns["truth"])).any()
     (width, height), _ = form_of(path)
     assert width > 1.2 * height  # four columns, two rows, and maybe a legend
 
@@ -200,13 +204,13 @@ def test_classes_found_by_runs_are_written_above_the_photos(
 ):
     path = tmp_path / "comparison.png"
     drawn = []
-    draw = plots.save_titled
+    draw = plots.save_images
 
-    def record(path, images, titles):
-        drawn.append((images, titles))
-        draw(path, images, titles)
+    def record(columns, path, *, captions):
+        drawn.append((columns["image"], captions))
+        draw(columns, path, captions=captions)
 
-    monkeypatch.setattr(plots, "save_titled", record)
+    monkeypatch.setattr(plots, "save_images", record)
     folder = runs / "classification"
     options = ("--count", 3, "--output", path)
     run(monkeypatch, "compare", folder, folder, "--labels", "plain", "sam", *options)
@@ -224,12 +228,12 @@ def test_runs_are_called_by_their_folders(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = []
     monkeypatch.setattr(
-        plots, "save_comparison", lambda path, columns, *_: drawn.append(columns)
+        plots, "save_images", lambda columns, path: drawn.append(columns)
     )
     run(monkeypatch, "compare", runs / "translation")
-    ((_, (title, images), _),) = drawn
-    assert title == "translation"
-    assert len(images) == 4  # there are fewer examples than six
+    (columns,) = drawn
+    assert tuple(columns) == ("input", "translation", "truth")
+    assert len(columns["translation"]) == 4  # there are fewer examples than six
 
 
 @pytest.mark.parametrize(
@@ -247,7 +251,10 @@ def test_runs_are_called_by_their_folders(runs, tmp_path, monkeypatch):
             ("compare", "{runs}/segmentation", "{runs}/translation"),
             "only for the same task and dataset",
         ),
-        (("compare", "{runs}/segmentation", "--labels", "a", "b"), "1 runs need"),
+        (
+            ("compare", "{runs}/segmentation", "--labels", "a", "b"),
+            "labels must name all 1 runs",
+        ),
         (("compare", "{runs}/segmentation", "--count", "0"), "at least 1, got 0"),
         (
             ("predict", "{runs}/classification", "{photo}", "{photo}"),

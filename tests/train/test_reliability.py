@@ -34,7 +34,7 @@ def scratch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def call(scratch):
-    """Calls the command for a folder, in a process of its own."""
+    """Calls the command for a folder, in its own process."""
 
     def call(folder, *more, work=train, **options):
         work = partial(work, folder, *more)

@@ -55,8 +55,8 @@ def chain(*augmentations: Augmentation) -> Augmentation:
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
         keys = jax.random.split(key, len(augmentations))
-        for augmentation, member_key in zip(augmentations, keys, strict=True):
-            batch = augmentation(member_key, batch)
+        for augmentation, own_key in zip(augmentations, keys, strict=True):
+            batch = augmentation(own_key, batch)
         return batch
 
     return augment
@@ -92,7 +92,10 @@ def pad_crop(padding: int = 4, *, ignore_label: int = 255) -> Augmentation:
 
 
 def random_crop(size: Size) -> Augmentation:
-    """Crops pictures to (height, width) at a random place.
+    """Crops pictures at a random place.
+
+    Args:
+      size: (height, width) of the crop in pixels.
 
     Raises:
       ValueError: if the size is not a pair of whole numbers above 0; and when called,
@@ -121,9 +124,12 @@ def random_crop(size: Size) -> Augmentation:
 
 
 def center_crop(size: Size) -> Augmentation:
-    """Crops pictures to (height, width) around their centre, for evaluation.
+    """Crops pictures around their center, for evaluation.
 
     The key is ignored. An odd pixel is left over at the bottom and on the right.
+
+    Args:
+      size: (height, width) of the crop in pixels.
 
     Raises:
       ValueError: in the same cases as `random_crop`.
@@ -145,7 +151,10 @@ def center_crop(size: Size) -> Augmentation:
 
 
 def random_flip(probability: float = 0.5) -> Augmentation:
-    """Exchanges left and right in an example with a probability.
+    """Exchanges left and right in the pictures of an example at random.
+
+    Args:
+      probability: probability that an example is flipped.
 
     Raises:
       ValueError: if the probability is not in [0, 1].
@@ -176,9 +185,10 @@ def random_resized_crop(
 
     The box has a uniform share of the picture's area and a log-uniform ratio of width
     to height, and lies anywhere inside. Large boxes fit at some ratios only; their
-    ratio is drawn from those, so that the area stays uniform. (torchvision draws area
-    and ratio again, which makes large boxes rarer.) Images are resized bilinearly with
-    antialiasing; masks take the nearest pixels to the same points.
+    ratio is drawn from those, so that the area stays uniform. (If a box does not fit,
+    torchvision draws area and ratio again, which makes large boxes rarer.) Images are
+    resized bilinearly with antialiasing; masks take the nearest pixels to the same
+    points.
 
     To keep all detail, the pictures should have the size in which they are stored. For
     pictures of different sizes, `train.data.dataset.RandomResizedCrop` cuts such boxes
@@ -271,17 +281,18 @@ def color_jitter(
 ) -> Augmentation:
     """Changes brightness, contrast, saturation and hue of images, in this order.
 
-    Each of the first three, x, draws a factor uniformly from max(0, 1 - x) to 1 + x;
-    it multiplies the difference from black, from the mean grey of the image, and from
-    the grey of each pixel. Results are clipped to [0, 255]. This is what torchvision
-    does, but for its random order. Images are RGB from 0 to 255; on images of one
-    channel, saturation and hue do nothing.
+    Brightness, contrast and saturation each multiply a difference by a random factor:
+    the difference from black, from the mean gray of the image, and from the gray of
+    each pixel. A strength of x draws the factor uniformly from max(0, 1 - x) to 1 + x.
+    Results are clipped to [0, 255]. torchvision does the same in a random order. Images
+    are RGB from 0 to 255. On images of one channel, saturation and hue do nothing.
 
     Args:
-      brightness: at least 0.
-      contrast: at least 0.
-      saturation: at least 0.
-      hue: largest rotation either way, as a part of the colour circle, at most 0.5.
+      brightness: strength, at least 0.
+      contrast: strength, at least 0.
+      saturation: strength, at least 0.
+      hue: largest rotation in either direction, as a fraction of the color circle, from
+        0 to 0.5.
 
     Returns:
       An augmentation that makes "image" float32 from 0 to 255.
@@ -318,9 +329,9 @@ def color_jitter(
 
 
 def cutout(size: int) -> Augmentation:
-    """Sets a square of images to 0, centred on a random pixel.
+    """Sets a square of images to 0, centered on a random pixel.
 
-    The part beyond the border is lost. In the paper, 0 is the mean colour: put `cutout`
+    The part beyond the border is lost. In the paper, 0 is the mean color: put `cutout`
     after `normalize`, since before it 0 is black.
 
     Args:
@@ -481,7 +492,7 @@ def _resample(
       size: (height, width) of the result.
       fill: value outside the picture.
     """
-    # Centres of the new pixels in the coordinates of the picture.
+    # Centers of the new pixels in the coordinates of the picture.
     rows, columns = (
         corner[i] + sides[i] / size[i] * (jnp.arange(size[i]) + 0.5) for i in range(2)
     )
@@ -533,8 +544,8 @@ def _turn_hue(
     red, green, blue = jnp.moveaxis(image, -1, 0)
     value = image.max(-1)
     chroma = value - image.min(-1)
-    safe = jnp.where(chroma > 0, chroma, 1)  # the hue of grey does not matter
-    # The hue in sixths of the circle from red; the largest channel tells the third.
+    safe = jnp.where(chroma > 0, chroma, 1)  # the hue of gray does not matter
+    # The hue in sixths of the circle from red; the largest channel decides the third.
     hue = jnp.select(
         [value == red, value == green],
         [(green - blue) / safe, 2 + (blue - red) / safe],

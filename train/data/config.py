@@ -26,7 +26,7 @@ AUGMENTATIONS = {
     "cutout": "a square of half the image's height erased",
 }
 
-# They change the looks of an image, which in a pair are to be predicted.
+# They change the looks of an image, which is what the network predicts in a pair.
 _PHOTOMETRIC = ("color_jitter", "cutout")
 
 # They bring images to the training size, so that no other crop is needed.
@@ -167,7 +167,7 @@ class DataConfig:
         return self.crop
 
     def augmentation(self, dataset: Dataset, normalize: Augmentation) -> Augmentation:
-        """Returns the random changes made on the device, and the normalisation.
+        """Returns the random changes made on the device, and the normalization.
 
         Raises:
           UsageError: if the crop is larger than the images, or the looks of a pair
@@ -191,12 +191,12 @@ class DataConfig:
             "color_jitter": lambda: augment.color_jitter(),
             "cutout": lambda: augment.cutout(max(1, size[0] // 2)),
         }
-        elsewhere = {"cutout"}  # comes after the normalisation
+        elsewhere = {"cutout"}  # comes after the normalization
         if self.training_split(dataset).reader.random_crop is not None:
             elsewhere.add("random_resized_crop")  # happens while images are decoded
         changes = [made[name]() for name in self.augment if name not in elsewhere]
         if self.crop and not set(_RESIZING) & set(self.augment):
             changes.append(augment.random_crop(size))
-        # There, cutout erases to the mean colour, as in its paper.
+        # There, cutout erases to the mean color, as in its paper.
         after = [made["cutout"]()] if "cutout" in self.augment else []
         return augment.chain(*changes, normalize, *after)

@@ -32,7 +32,7 @@ class Field:
         or "label", int32 ().
       channels: channels of an image.
       half: "a" or "b" for the left or right half of a picture, "" for all of it.
-      lookup: what each value of a mask becomes, 256 bytes; None to keep the values.
+      lookup: the new value of each value of a mask, 256 bytes; None to keep the values.
     """
 
     feature: str
@@ -47,7 +47,7 @@ class Field:
         return "-".join(filter(None, (self.feature, self.half)))
 
     def read(self, example: Mapping[str, Any]) -> np.ndarray:
-        """Returns the array at the size in which it is stored."""
+        """Returns the array of this field, at its stored size."""
         return read_fields({"": self}, example)[""]
 
     def stored_size(self, example: Mapping[str, Any]) -> tuple[int, int]:
@@ -58,7 +58,11 @@ class Field:
         return height, width
 
     def select(self, array: np.ndarray) -> np.ndarray:
-        """Takes what belongs to the field from a decoded picture."""
+        """Returns the part of a decoded picture that belongs to the field.
+
+        Args:
+          array: the picture, uint8 (height, width, channels).
+        """
         middle = array.shape[1] // 2
         if self.half:
             array = array[:, :middle] if self.half == "a" else array[:, middle:]
@@ -70,7 +74,7 @@ class Field:
 
 
 def read_fields(fields: Mapping[str, Field], example: Mapping[str, Any]) -> Arrays:
-    """Returns the arrays of some fields at the size in which they are stored.
+    """Returns the arrays of some fields, at their stored size.
 
     A picture from which several fields are read is decoded once.
     """
@@ -92,9 +96,9 @@ def read_fields(fields: Mapping[str, Field], example: Mapping[str, Any]) -> Arra
 class RandomResizedCrop:
     """Cuts a random box from pictures while they are decoded, and resizes it.
 
-    Boxes are distributed as those of `train.data.augment.random_resized_crop`, which
-    runs on the device and needs pictures of one size; this one takes pictures of any
-    size. Images are resized bilinearly with antialiasing; masks take the nearest pixel.
+    Boxes have the distribution of `train.data.augment.random_resized_crop`, which runs
+    on the device and needs pictures of one size. This crop takes pictures of any size.
+    Images are resized bilinearly with antialiasing; masks take the nearest pixel.
 
     Attributes:
       scale: least and largest share of the picture's area.
@@ -107,7 +111,7 @@ class RandomResizedCrop:
     def draw(
         self, generator: np.random.Generator, height: int, width: int
     ) -> tuple[float, float, float, float]:
-        """Draws a box in a picture of this size: left, top, right and bottom."""
+        """Draws the (left, top, right, bottom) of a box, in pixels of the picture."""
         sides = boxes.draw_sides(
             generator.uniform, height, width, self.scale, self.ratio, np
         )
@@ -160,7 +164,7 @@ class Reader:
         fills the rest with zeros, or masks with the ignored label; "stretch" does not
         keep its proportions.
       ignore_label: value of mask pixels without a class.
-      random_crop: a random crop, which then takes the place of `fit`.
+      random_crop: a random crop that replaces `fit`, or None.
     """
 
     fields: Mapping[str, Field]
@@ -174,7 +178,15 @@ class Reader:
         example: Mapping[str, Any],
         generator: np.random.Generator | None = None,
     ) -> Arrays:
-        """Returns the arrays of one example; `generator` decides its random crop."""
+        """Returns the arrays of one example.
+
+        Args:
+          example: the stored example.
+          generator: draws the random crop, if there is one.
+
+        Raises:
+          ValueError: if there is a random crop but no generator.
+        """
         arrays = read_fields(self.fields, example)
         kinds = {name: field.kind for name, field in self.fields.items()}
         if self.random_crop is None:
@@ -184,7 +196,12 @@ class Reader:
         return self.random_crop.apply(arrays, kinds, self.size, generator)
 
     def fitted(self, array: np.ndarray, kind: str) -> np.ndarray:
-        """Returns an array of a kind of `Field`, brought to the size."""
+        """Returns an array, resized to `size` as `fit` says.
+
+        Args:
+          array: the array.
+          kind: its kind, as in `Field`.
+        """
         if kind == "label" or array.shape[:2] == self.size:
             return array
         image = _to_pil(array)
@@ -212,7 +229,7 @@ class Reader:
 
     @property
     def num_bytes(self) -> int:
-        """Size of one example, decoded."""
+        """Size of one decoded example in bytes."""
         return sum(
             dtype.itemsize * math.prod(shape) for shape, dtype in self.spec.values()
         )
@@ -247,7 +264,7 @@ class Split:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all examples, decoded."""
+        """Size of all decoded examples in bytes."""
         return len(self) * self.reader.num_bytes
 
     def read(
@@ -260,6 +277,9 @@ class Split:
         Args:
           rows: numbers of the examples.
           generators: one for each example, if the reader crops at random.
+
+        Returns:
+          Arrays whose first axis counts the examples.
         """
         records = self.records.__getitems__([self.rows[int(i)] for i in rows])
         examples = [
@@ -273,7 +293,7 @@ class Split:
 
     @property
     def cache_paths(self) -> dict[str, Path]:
-        """The file of each decoded array, with all records of the prepared split."""
+        """The cache file of each array, with all records of the prepared split."""
         form = "x".join(map(str, self.reader.size)) + f"-{self.reader.fit}"
         return {
             name: self.cache / f"{self.name}-{field.key}-{form}.npy"
@@ -281,12 +301,13 @@ class Split:
         }
 
     def arrays(self, progress: Progress = silent) -> Arrays:
-        """Returns all examples, mapped from a cache, which the first call creates.
+        """Returns all examples, memory-mapped from a cache that the first call writes.
 
         Any number of processes may call this at once: one decodes and the others wait.
 
         Raises:
           UsageError: if the cache cannot be written.
+          ValueError: if the reader crops at random.
         """
         if self.reader.random_crop is not None:
             raise ValueError("examples that are cropped at random cannot be cached")
@@ -321,7 +342,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Splits of examples, with what is needed to normalise and interpret them.
+    """Splits of examples, with what is needed to normalize and interpret them.
 
     Attributes:
       name: the name by which it is loaded.
@@ -331,7 +352,7 @@ class Dataset:
       class_names: names of the classes in the order of their numbers; () for
         translation.
       ignore_label: value of mask pixels without a class, or None.
-      colors: RGB colours of the classes, uint8 (classes, 3), or None.
+      colors: RGB colors of the classes, uint8 (classes, 3), or None.
       mean: mean of each channel of the training images, scaled to [0, 1].
       std: standard deviation of each channel, likewise; 1 for a channel that is
         constant.
@@ -359,20 +380,23 @@ class Dataset:
         """Returns a split by its name.
 
         Raises:
-          UsageError: if there is no such split; the message lists those there are.
+          UsageError: if there is no such split. The message lists all splits.
         """
         if name not in self.splits:
             raise UsageError(
                 f"{self.name} has no split {name!r}; it has {', '.join(self.splits)} "
-                '(eval_split "validation" takes that, or a part of train)'
+                '(eval_split "validation" holds out a part of train if needed)'
             )
         return self.splits[name]
 
     def hold_out(self, fraction: float = 0.2) -> "Dataset":
         """Makes a validation split of the last part of the training split.
 
-        Settings are chosen on it, so that no choice depends on test images. A dataset
-        that has a validation split already is returned unchanged.
+        Choose settings on this split, so that no choice depends on test images. A
+        dataset that already has a validation split is returned unchanged.
+
+        Args:
+          fraction: share of the training examples, from 0 to 1.
         """
         if "validation" in self.splits:
             return self
@@ -383,9 +407,10 @@ class Dataset:
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Describes all but the examples, in values that JSON can hold.
+    """Returns everything but the examples, as JSON values.
 
-    A network that was trained on the dataset can be used with `from_description` of it.
+    `from_description` of this is enough to use a network that was trained on the
+    dataset.
     """
     reader = dataset.split("train").reader
     fields = {name: dataclasses.asdict(f) for name, f in reader.fields.items()}
@@ -409,7 +434,10 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def from_description(described: Mapping[str, Any]) -> Dataset:
-    """Returns the dataset of a description, with a training split of no examples."""
+    """Returns the dataset of a description from `describe`.
+
+    Its only split is "train", which has no examples.
+    """
     reader = described["reader"]
     fields = {name: Field(**field) for name, field in reader["fields"].items()}
     reader = Reader(**{**reader, "fields": fields, "size": tuple(reader["size"])})

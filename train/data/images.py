@@ -52,7 +52,7 @@ class Photo(NamedTuple):
 def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
     """Checks an image file, and returns it in a form that every reader decodes alike.
 
-    A file that is upright and has the right colour mode is kept unchanged. Any other is
+    A file that is upright and has the right color mode is kept unchanged. Any other is
     turned upright, converted and encoded as PNG, which loses nothing.
 
     Args:
@@ -83,10 +83,10 @@ def check_photo(data: bytes, file: str, channels: int = 3) -> Photo:
 def check_mask(
     data: bytes, file: str, labels: set[int], photo: Photo, photo_file: str
 ) -> bytes:
-    """Checks a label image, and returns it as a grey PNG whose values are the labels.
+    """Checks a label image, and returns it as a gray PNG whose values are the labels.
 
     Args:
-      data: content of the file, a PNG whose grey values or palette indices are labels.
+      data: content of the file, a PNG whose gray values or palette indices are labels.
       file: name of the file, for errors.
       labels: the values that it may hold, including those to be ignored.
       photo: the photo to which the labels belong.

@@ -1,4 +1,4 @@
-"""Loaders bring batches to the training step, from memory or decoded on the way.
+"""Loaders, which bring batches to the training step from memory or from disk.
 
 All loaders give the same batches in the same order, which a sampler decides.
 """
@@ -33,14 +33,15 @@ Batch = dict[str, jax.Array]
 # Parameters, activations and buffers of XLA need the rest.
 _SHARE_OF_DEVICE = 0.25
 _MAX_WORKERS = 8
+# Grain needs a length, and no run has as many steps.
 _ENDLESS = 1 << 31
 
 
 class Loader(Protocol):
-    """Brings examples to the step.
+    """The interface of a loader, which brings examples to the jitted step.
 
-    What `feeds` yields is passed to the jitted step, where `batch` makes a dict of the
-    examples' arrays from it.
+    The step takes a value that `feeds` yields. Inside the step, `batch` turns this
+    value into a dict of arrays whose first axis counts examples.
 
     Attributes:
       num_examples: number of all examples.
@@ -49,7 +50,7 @@ class Loader(Protocol):
     num_examples: int
 
     def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[Any]:
-        """Yields what each step needs, without end, beginning at a step."""
+        """Yields the input of each step, from `first_step` on and without end."""
 
     def abstract_feed(self, sampler: Sampler) -> Any:
         """Returns the shapes, dtypes and shardings of what `feeds` yields."""
@@ -57,12 +58,12 @@ class Loader(Protocol):
     def batch(self, feed: Any, step: Int[jax.Array, ""]) -> Batch:
         """Returns the batch of a step; pure, to be called inside the jitted step.
 
-        Where the sampler has no example, the batch has any example or zeros.
+        Where the sampler has no example, the batch holds any example, or zeros.
         """
 
 
 class InMemoryFeed(NamedTuple):
-    """What a step needs of an `InMemoryLoader`.
+    """The input of a step from an `InMemoryLoader`.
 
     Attributes:
       data: the arrays of all examples.
@@ -79,7 +80,7 @@ class InMemoryLoader:
     """Keeps all examples in the memory of the devices.
 
     A batch is gathered inside the jitted step. Nothing moves between host and device
-    during an epoch: the order of its examples is put on the devices before.
+    during an epoch: the order of its examples is put on the devices before it starts.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> from train.data.loaders import InMemoryLoader
@@ -102,7 +103,7 @@ class InMemoryLoader:
         self.data: Batch = put(dict(arrays), self._sharding)
 
     def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[InMemoryFeed]:
-        """Yields the data and the order of the epoch; the same objects in each step."""
+        """Yields the data and their order; the same arrays in each step of an epoch."""
         epoch = 0
         while sampler.steps_before(epoch + 1) <= first_step:
             epoch += 1
@@ -191,7 +192,7 @@ class GrainLoader:
 
     def feeds(self, sampler: Sampler, first_step: int = 0) -> Generator[Batch]:
         """Yields batches that are on the devices already."""
-        import grain  # takes a second, which the other loader saves
+        import grain  # importing it takes a second, which only this loader needs
 
         batches = _Batches(self._split, sampler, first_step, *self._shard)
         num_threads = 1 if self._num_workers else min(os.cpu_count() or 1, _MAX_WORKERS)
@@ -202,9 +203,9 @@ class GrainLoader:
         stream = grain.MapDataset.source(batches).to_iter_dataset(reading)
         if self._num_workers:
             if not absl.flags.FLAGS.is_parsed():
-                absl.flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own
+                absl.flags.FLAGS.mark_as_parsed()  # Grain reads one of its flags
             options = grain.MultiprocessingOptions(num_workers=self._num_workers)
-            # After the copy, the memory shared with the process can be freed at once.
+            # After the copy, the memory shared with the worker can be freed at once.
             stream = stream.mp_prefetch(options).map(
                 functools.partial(jax.tree.map, np.array)
             )
@@ -287,7 +288,7 @@ class _Batches:
         return arrays
 
     def _generator(self, step: int, place: int) -> np.random.Generator:
-        """Decides what is random about the example at a place in the whole batch."""
+        """Returns the generator of the example at a place in the whole batch."""
         seeds = np.random.SeedSequence(self.sampler.seed, spawn_key=(step, place))
         return np.random.default_rng(seeds)
 
@@ -302,7 +303,7 @@ def _local_size(sampler: Sampler, process_count: int) -> int:
 
 
 def default_workers() -> int:
-    """Returns the number of decoding processes, which leave one core to training."""
+    """Returns the number of decoding processes that leaves one core for training."""
     return min((os.cpu_count() or 1) - 1, _MAX_WORKERS)
 
 
@@ -317,16 +318,19 @@ def open_loaders(
     """Opens the loaders of a run, all of one kind.
 
     Args:
-      splits: the examples, by any names.
+      splits: the splits to load, by any names.
       mesh: the devices that share the work; the first one alone if unset.
-      mode: "memory", "grain" or "auto", which keeps the examples in memory if those of
-        all splits, decoded, fit in `memory_limit()`.
+      mode: "memory", "grain" or "auto", which keeps the examples in memory if the
+        decoded examples of all splits fit in `memory_limit()`.
       num_workers: passed to `GrainLoader`.
       progress: shows how far decoding is.
 
+    Returns:
+      A loader for each split, by the same names.
+
     Raises:
-      UsageError: if the mode is another, or examples that are cropped at random while
-        they are decoded are to be kept in memory.
+      UsageError: if the mode is not one of these, or if it is "memory" and a reader
+        crops at random.
     """
     if mode not in ("auto", "memory", "grain"):
         raise UsageError(f"loader must be 'auto', 'memory' or 'grain', got {mode!r}")
@@ -353,7 +357,7 @@ def open_loaders(
 
 
 def memory_limit() -> float:
-    """Returns how many bytes of examples are kept in memory: a quarter of the device's.
+    """Returns how many bytes of examples may be kept in memory, a quarter of it.
 
     The other three quarters are left to the network and its training.
     """
@@ -361,7 +365,7 @@ def memory_limit() -> float:
 
 
 def device_bytes() -> int:
-    """Returns the memory of the first device; for CPUs that of the machine."""
+    """Returns the memory of the first device in bytes; on CPUs, of the machine."""
     memory = jax.local_devices()[0].memory_stats() or {}
     return memory.get("bytes_limit") or (
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

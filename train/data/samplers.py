@@ -1,7 +1,7 @@
 """Samplers decide which examples are in which step.
 
 The number of a step alone decides its examples. So the position of a run is its step,
-and a run that starts again at a step goes on as if it had never stopped.
+and a run that starts again at a step continues as if it had never stopped.
 """
 
 import dataclasses

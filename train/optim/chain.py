@@ -1,4 +1,4 @@
-"""The order in which techniques and the base optimizer make a chain."""
+"""The order of the techniques, the base optimizer and weight decay in a chain."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def check_order(names: Sequence[str]) -> None:
     """Checks a list of techniques and places.
 
     Raises:
-      UsageError: if a name occurs twice, or if the second gradient of a technique would
-        replace what those before it made of the first.
+      UsageError: if a name occurs twice, if two techniques replace the gradient by a
+        second one, or if one that does is not the first name.
     """
     if len(set(names)) < len(names):
         raise UsageError(f"a technique is named twice: {','.join(names)}")
@@ -36,19 +36,18 @@ def check_order(names: Sequence[str]) -> None:
 def chain_order(
     techniques: Sequence[str], *, decoupled: bool, clip: bool
 ) -> tuple[str, ...]:
-    """Returns the names of a chain in the order in which the gradient passes them.
+    """Returns the names of all transforms of a chain, in the order of the chain.
 
-    The given order is kept. What it leaves open is filled in as follows:
+    The given names keep their order. Names that are missing are added as follows:
 
     * ``optimizer`` comes after all techniques.
-    * ``decay`` as L2 regularization comes before the first ``centralize`` that precedes
-      the optimizer, which then centralizes it too, or else directly before the
-      optimizer. PUGD does not act on it, nor does Random Gradient before
-      ``centralize``. Step-Tuned SGD minimizes the regularized loss: with it the decay
-      is part of both gradients instead, unless it is named.
+    * ``decay`` as L2 regularization comes directly before the optimizer. If
+      ``centralize`` precedes the optimizer, the decay comes directly before
+      ``centralize``, which then also centralizes it. The names before this place do not
+      act on the decay. With Step-Tuned SGD, which minimizes the regularized loss,
+      ``decay`` is not added: the decay is part of both gradients.
     * ``decay`` that is decoupled comes last, before the learning rate.
-    * ``clip`` acts on the gradient: it comes first, or after the technique that
-      replaces the gradient.
+    * ``clip`` comes first, or directly after a technique that replaces the gradient.
 
     Args:
       techniques: names from `TECHNIQUES` and `PLACES`.
@@ -56,8 +55,8 @@ def chain_order(
       clip: whether the gradient is clipped.
 
     Raises:
-      UsageError: if decay is named on the side of the optimizer where it would be
-        decay of the other kind.
+      UsageError: if L2 decay is named after the optimizer, or decoupled decay before
+        it.
 
     Examples:
       >>> from train.optim.chain import chain_order
@@ -94,5 +93,5 @@ def _replaces_gradient(name: str) -> bool:
 
 
 def regularizes_both(name: str) -> bool:
-    """Whether a technique takes L2 decay as part of both of its gradients."""
+    """Returns whether L2 decay is part of both gradients of a technique."""
     return name in TECHNIQUES and TECHNIQUES[name].regularizes_both

@@ -16,7 +16,12 @@ from train.optim.techniques import TECHNIQUES
 def learning_rate(
     config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """Makes the learning rate of each step that a config describes.
+    """Makes the learning rate schedule that a config describes.
+
+    Args:
+      config: the settings of the schedule.
+      total_steps: steps of the run.
+      steps_per_epoch: steps of an epoch, for settings in epochs.
 
     Raises:
       UsageError: if the warm-up leaves no step to train.
@@ -47,9 +52,9 @@ def make_optimizer(
       config: the base optimizer and the techniques; `OptimizerConfig.chain` is their
         order.
       total_steps: steps of the run, for the schedule.
-      steps_per_epoch: steps of an epoch, for what is given in epochs.
-      key: the PRNG key of the techniques. It enters the initial state only.
-      head: dotted paths of the modules that `head_learning_rate` is for, such as
+      steps_per_epoch: steps of an epoch, for settings in epochs.
+      key: the PRNG key of the techniques. It only enters the initial state.
+      head: dotted paths of the modules that train with `head_learning_rate`, such as
         "classifier.6".
 
     Raises:
@@ -70,7 +75,7 @@ def make_optimizer(
                 "whose last layer is known: leave it out, or take another network"
             )
         factor = config.head_learning_rate / config.learning_rate
-        transforms.append(optax.masked(optax.scale(factor), _part_of(head)))
+        transforms.append(optax.masked(optax.scale(factor), _head_mask(head)))
     return optax.chain(*transforms)
 
 
@@ -91,7 +96,7 @@ def _transform(
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Makes the base optimizer without decay and learning rate, by optax."""
+    """Makes the base optimizer of optax, without weight decay and learning rate."""
     b1, b2 = config.momentum, config.b2
     match config.optimizer:
         case "sgd" | "sgdw":
@@ -115,11 +120,12 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _kernel_matrices(params: Any) -> Any:
-    """Says which axes of each kernel Muon takes as the rows of a matrix.
+    """Returns which axes of each kernel Muon takes as the rows and columns of a matrix.
 
-    Rows are all inputs of an output unit: kernels of convolutions are unfolded, and
-    those under query, key and value map one axis to heads and their dimensions. All
-    other parameters, such as embeddings and biases, are left to Adam.
+    Rows are the inputs of an output unit, and columns are the output units. In kernels
+    of convolutions and linear layers, rows are all axes but the last. Kernels under
+    query, key and value have the shape (in, heads, head_dim): rows are the first axis.
+    All other parameters, such as embeddings and biases, have None and are left to Adam.
     """
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -141,14 +147,17 @@ def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _is_weight(params: Any) -> Any:
-    """Masks norms and biases; biases of attention have two dimensions."""
+    """Returns a mask that is False for norms and biases.
+
+    Names are needed too, since biases of attention have two dimensions.
+    """
     return jax.tree.map_with_path(
         lambda path, leaf: leaf.ndim > 1 and _dotted(path[-1:]) != "bias", params
     )
 
 
-def _part_of(head: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Makes a mask of the leaves below the modules of `head`."""
+def _head_mask(head: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Makes a function that masks the leaves below the modules of `head`."""
 
     def mask(params: Any) -> Any:
         names = [_dotted(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -170,9 +179,9 @@ def _dotted(path: tuple) -> str:
 def _with_l2(
     inner: optax.GradientTransformationExtraArgs, decay: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the gradient of the L2 regularisation to both gradients of `inner`."""
+    """Adds the gradient of the L2 regularization to both gradients of `inner`."""
 
-    def regularised(grads: Any, params: Any) -> Any:
+    def regularized(grads: Any, params: Any) -> Any:
         return decay.update(grads, decay.init(params), params)[0]  # decay is stateless
 
     def update_fn(
@@ -184,10 +193,10 @@ def _with_l2(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         return inner.update(
-            regularised(updates, params),
+            regularized(updates, params),
             state,
             params,
-            grad_fn=lambda point, step: regularised(grad_fn(point, step), point),
+            grad_fn=lambda point, step: regularized(grad_fn(point, step), point),
             **extra_args,
         )
 

@@ -1,10 +1,10 @@
-"""Checkpoints: whole or absent, written while training goes on, checked when read.
+"""Checkpoints, which are written during training and verified when they are read.
 
-Orbax writes each checkpoint to a temporary folder and renames it when all is on disk,
-so a process that is killed at any moment leaves a whole checkpoint or none. Orbax does
-not notice when parameters change on disk, which it stores without checksums, and on
-other damage it prints pages. So a digest of every file is saved as well, and compared
-before Orbax reads any.
+Orbax writes each checkpoint to a temporary folder and renames it when everything is on
+disk, so a process that is killed at any moment leaves a whole checkpoint or none. But
+Orbax stores parameters without checksums and does not notice when they change on disk,
+and it reports other damage in pages of messages. So a digest of every file is saved
+too, and verified before Orbax reads any file.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _DIGESTS = "digests.json"
 
 
 class CheckpointError(UsageError):
-    """A checkpoint cannot be written, or none can be read."""
+    """Raised if a checkpoint cannot be written, or if none can be read."""
 
 
 class Checkpoints(contextlib.AbstractContextManager):
     """The newest checkpoints of one seed, by step.
 
-    In a run of several processes, each of them calls every method, with the same global
-    arrays and a folder that all share.
+    If a run has several processes, each of them must call every method, with the same
+    global arrays and a folder that all share.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2):
@@ -76,13 +76,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps whose checkpoints are on disk, the oldest first."""
+        """Returns the steps whose checkpoints are on disk, in increasing order."""
         return sorted(ocp.utils.checkpoint_steps(self._folder))
 
     def save(self, step: int, state: Tree) -> None:
-        """Copies a state to the host, and writes it while training goes on.
+        """Copies a state to the host, and writes it in the background.
 
-        It first waits for the previous save. A saved step is not saved again.
+        This waits for the previous save first. A step on disk is not saved again.
 
         Args:
           step: number of steps that the state has taken.
@@ -93,7 +93,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.wait()
         with self._writing():
-            # `restore` skipped them; training has now come as far without them.
+            # `restore` skipped these; this save takes their place.
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
             if step not in self.steps():
@@ -112,7 +112,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and ends the threads.
+        """Waits for the last save and ends the threads of Orbax.
 
         Raises:
           CheckpointError: if the save failed.
@@ -123,21 +123,22 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(
         self, like: Tree, *, warn: Callable[[str], None], partial: bool = False
     ) -> tuple[int, Tree] | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is not damaged.
 
         Args:
           like: arrays with the structure, shapes and dtypes that were saved, or their
-            `jax.ShapeDtypeStruct`s; arrays are restored to its shardings. Keys have
-            JAX's default implementation.
-          warn: is called with a line about each damaged checkpoint that is skipped.
+            `jax.ShapeDtypeStruct`s; arrays are restored to its shardings. PRNG keys
+            must have JAX's default implementation.
+          warn: called with a line about each damaged checkpoint that is skipped.
           partial: whether `like` may be a part of what was saved, with None elsewhere.
 
         Returns:
-          The step and the state, bit for bit; None if there is no checkpoint.
+          The step and the state, bit for bit as it was saved; None if there is no
+          checkpoint.
 
         Raises:
           CheckpointError: if there are checkpoints but all are damaged, or if the
-            newest whole one is not like `like`.
+            newest undamaged one has other names, shapes or dtypes than `like`.
         """
         self.wait()
         self._damaged = []
@@ -154,7 +155,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if problems:
             raise CheckpointError(
                 f"{', '.join(problems)} and there is no other: put back a copy of one, "
-                "or remove the run folder to start anew"
+                "or remove the run folder to start again"
             )
         return None
 
@@ -171,10 +172,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             if there.get(name) != here.get(name):
                 raise CheckpointError(
                     f"checkpoint {folder.parent} is from another program: "
-                    f"{name} is {there.get(name, 'not')} there and "
-                    f"{here.get(name, 'not')} here: choose another run folder"
+                    f"{name} is {there.get(name, 'missing')} in the checkpoint and "
+                    f"{here.get(name, 'missing')} in this run: choose another run "
+                    "folder"
                 )
-        # Not through the manager: its processes would wait for one that fails.
+        # Not through the manager: if one process failed, the others would wait for it.
         arrays = self._handler.restore(folder, args=ocp.args.StandardRestore(target))
         leaves, structure = jax.tree.flatten(like)
         restored = [
@@ -184,7 +186,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return jax.tree.unflatten(structure, restored)
 
     def _check_room(self, num_bytes: int) -> None:
-        """Notices a full disk before Orbax, which prints a page for each array."""
+        """Raises an OSError if the disk is too full; Orbax would print many pages."""
         free = shutil.disk_usage(self._folder).free
         if free < num_bytes:
             sizes = f"{num_bytes / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free"
@@ -192,15 +194,16 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Turns the errors of writing into a CheckpointError."""
         try:
             yield
         except jax.errors.JaxRuntimeError:  # another process is gone
             raise
-        except Exception as error:  # the file system's, or what TensorStore makes of it
+        except Exception as error:  # from the file system or TensorStore
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._folder} ({reason}): make room "
-                "there, or see that it can be written, and start the run again"
+                "there, or make the folder writable, and start the run again"
             ) from error
 
 
@@ -216,7 +219,7 @@ class _DigestingHandler(ocp.StandardCheckpointHandler):
 
 
 def _damage(folder: Path) -> str:
-    """Says what is wrong with the files of a checkpoint, for any process; or ""."""
+    """Describes damage to a checkpoint that any process finds; "" if there is none."""
     problem = ""
     try:
         for name, digest in json.loads((folder / _DIGESTS).read_bytes()).items():
@@ -226,7 +229,7 @@ def _damage(folder: Path) -> str:
     except (OSError, ValueError) as error:
         problem = str(error)
     if multihost_utils.process_allgather(np.bool_(problem)).any():
-        return problem or "for another process"
+        return problem or "another process cannot read it"
     return ""
 
 
@@ -236,7 +239,7 @@ def _digest(path: Path) -> str:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops the log messages of Orbax; it raises its errors as well."""
+    """Drops the log messages of Orbax, which also raises its errors."""
     return "/orbax/" not in record.pathname
 
 

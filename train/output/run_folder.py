@@ -20,17 +20,17 @@ CONFIG = "config.json"
 
 
 class RunFolderError(UsageError):
-    """The folder cannot be used."""
+    """Raised if a run folder cannot be used."""
 
 
 class RunFolder:
     """Writes the settings, records and results of a run to one folder.
 
-    Of several processes only one writes; all may read.
+    If there are several processes, only one of them writes, and all can read.
 
     Attributes:
       path: the folder.
-      config: the settings of the run, as JSON has them.
+      config: the settings of the run, as JSON values.
       writes: whether this process writes.
     """
 
@@ -40,11 +40,11 @@ class RunFolder:
         self.writes = writes
 
     def start(self) -> None:
-        """Writes settings and environment; from here on the folder is taken."""
+        """Writes the settings and the environment, which marks the folder as used."""
         self.write(CONFIG, {"config": self.config, "environment": environment()})
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Appends a line to a JSON Lines file; it is on disk when this returns."""
+        """Appends a record to a JSON Lines file; it is on disk when this returns."""
         if not self.writes:
             return
         with (self.path / name).open("ab+") as file:
@@ -56,7 +56,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """Reads the records of a JSON Lines file, without a half-written last one."""
+        """Returns the records of a JSON Lines file; skips a half-written last one."""
         path = self.path / name
         if not path.exists():
             return []
@@ -66,8 +66,8 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
-    def keep(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Replaces the records of a JSON Lines file."""
+    def replace(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Replaces all records of a JSON Lines file, whole or not at all."""
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, name: str, content: Any) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions and hardware, to state beside every number."""
+    """Returns the versions and the hardware, which are saved with all results."""
     packages = ("jax", "jaxlib", "optax", "flax", "numpy")
     device = jax.devices()[0]
     return {
@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Returns the commit of the checkout, marked if files differ from it."""
+    """Returns the commit, ending in "-dirty" if files differ from it."""
     command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
     here = Path(__file__).parent
     try:
@@ -128,14 +128,17 @@ def open_run_folder(
 
     Args:
       path: the folder, or None for a new one, `runs/<name>-<date>-<time>`.
-      name: the beginning of the name of a new folder.
+      name: prefix of the name of a new folder.
       config: all settings; `RunFolder.start` writes them to `config.json`.
-      resume: whether a folder with a run of the same settings may be continued.
+      resume: whether a run with the same settings may be continued.
       writes: whether this process writes, and locks the folder.
+
+    Yields:
+      The folder, which stays locked until the context ends.
 
     Raises:
       RunFolderError: if the folder cannot be written, is in use by another process,
-        or holds something else.
+        holds other files or other settings, or holds this run and `resume` is False.
     """
     config = json.loads(json.dumps(config, default=str))
     path = path or _new_path(name)
@@ -181,17 +184,17 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
             found = json.loads(written.read_text())["config"]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise RunFolderError(
-                f"{written} is not that of a run: choose another run folder"
+                f"{written} was not written by a run: choose another run folder"
             ) from None
         if found != config:
             differences = _differences(found, config)
             raise RunFolderError(
-                f"run folder {path} holds a run of another config ({differences}): "
+                f"run folder {path} holds a run with other settings ({differences}): "
                 "choose another run folder"
             )
         if not resume:
             raise RunFolderError(
-                f"run folder {path} holds this run already: choose another run folder, "
+                f"run folder {path} already holds this run: choose another run folder, "
                 "or remove the folder to run again"
             )
     elif {child.name for child in path.iterdir()} - {".lock", f"{CONFIG}.part"}:
@@ -208,4 +211,4 @@ def _differences(found: Any, wanted: Any, name: str = "") -> str:
             if found.get(key) != wanted.get(key)
         ]
         return "; ".join(parts)
-    return f"{name}: {found} there, {wanted} here"
+    return f"{name}: {found} in the folder, now {wanted}"

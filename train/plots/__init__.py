@@ -10,7 +10,5 @@ from train.plots.charts import save_confusion_matrix as save_confusion_matrix
 from train.plots.charts import save_curves as save_curves
 from train.plots.charts import save_learning_curves as save_learning_curves
 from train.plots.images import MOST_EXAMPLES as MOST_EXAMPLES
-from train.plots.images import class_legend as class_legend
-from train.plots.images import paint as paint
 from train.plots.images import save_images as save_images
 from train.plots.images import save_masks as save_masks

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task."""
+"""The interface between the training loop and a task."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,15 +24,15 @@ Sums: TypeAlias = dict[str, Any]
 
 
 class Task(Protocol):
-    """A task, for the images of one dataset.
+    """The interface of a task, such as classification, for the images of one dataset.
 
     Batches are dicts of arrays whose first axis counts examples: "image" and "label",
     "image" and "mask", or "input" and "target", as `train.data` stores them.
 
     Attributes:
-      name: the name of the task, which its config has as well.
-      metric: the score that a run reports.
-      input_name: the array of a batch that the network sees.
+      name: the name of the task, which is also `config_type.task`.
+      metric: the name of the score that a run reports.
+      input_name: the name of the array in a batch that is the input of the network.
       config_type: the class of its settings.
       config: the settings of the run.
     """
@@ -48,10 +48,10 @@ class Task(Protocol):
 
     @classmethod
     def create(cls, config: Any, dataset: Dataset) -> "Task":
-        """Makes the task that a config describes, for such data; reads no example.
+        """Makes the task of a config for a dataset, without reading examples.
 
         Raises:
-          UsageError: if config and data do not fit together.
+          UsageError: if the config does not fit the dataset.
         """
 
     def create_networks(self, rngs: nnx.Rngs) -> Networks:
@@ -84,21 +84,21 @@ class Task(Protocol):
     def evaluate(
         self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
     ) -> Sums:
-        """Returns arrays to add up over stored examples.
+        """Returns sums over a batch, which are added up over all batches.
 
         Args:
           networks: all networks, in evaluation mode.
           batch: stored examples.
-          weights: 1 for each example, and 0 for what only fills the last batch.
+          weights: 1 for each example, and 0 for entries that only fill the last batch.
         """
 
     def scores(self, sums: Sums) -> dict[str, float]:
-        """Turns the sums over all examples, as NumPy arrays, into scores."""
+        """Returns the scores by name, from the NumPy sums over all examples."""
 
     def predict(
         self, networks: Networks, images: Num[Array, "batch height width channels"]
     ) -> Num[Array, "batch ..."]:
-        """Returns what the networks predict for stored images."""
+        """Returns predictions for stored images."""
 
     def save_figures(
         self,
@@ -111,9 +111,9 @@ class Task(Protocol):
 
         Args:
           folder: where to save PNG files.
-          sums: those of the evaluation.
+          sums: the sums over the evaluation split.
           batch: some stored examples of the evaluation split.
-          predictions: what the network predicts for them.
+          predictions: the predictions for these examples.
         """
 
     def save_predictions(
@@ -123,16 +123,16 @@ class Task(Protocol):
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
     ) -> list[str]:
-        """Saves what was predicted for image files.
+        """Saves the predictions for image files.
 
         Args:
-          folder: where to save it.
-          names: one for each file, without suffix.
+          folder: where to save them.
+          names: the name of each file, without suffix.
           photos: the images as the files hold them, uint8 (height, width, channels).
-          predictions: one for each, as from `predict`.
+          predictions: the prediction for each image, as `predict` returns it.
 
         Returns:
-          A line for each file that says what was found.
+          A line for each file that describes its prediction.
         """
 
     def save_comparison(
@@ -146,14 +146,14 @@ class Task(Protocol):
         Args:
           path: the PNG file to write.
           batch: the examples.
-          predictions: those of each run, by its label.
+          predictions: the predictions of each run, by the label of the run.
         """
 
 
 def check_images(task: Task, dataset: Dataset) -> None:
     """Checks that the networks of a task take the images of a dataset.
 
-    It traces the losses of one training example, which computes nothing.
+    This traces the losses of one training example, and computes nothing.
 
     Raises:
       UsageError: if a network cannot take images of this shape.
@@ -174,18 +174,23 @@ def check_images(task: Task, dataset: Dataset) -> None:
     except models.ImageShapeError as error:
         raise UsageError(
             f"the network cannot take these images: {error} (image_size scales all "
-            "images, crop cuts out a part of those to train on)"
+            "images, and crop cuts out a part of each training image)"
         ) from error
 
 
 def shares_in_words(
     shares: np.ndarray, class_names: Sequence[str], most: int = 5
 ) -> str:
-    """Lists the largest shares of classes in percent, without those below a half.
+    """Lists the classes with the largest shares in percent, down to half a percent.
 
     >>> from train.tasks.base import shares_in_words
     >>> shares_in_words(np.array([0.0, 0.9, 0.1]), ["cat", "dog", "cow"])
     'dog 90 %, cow 10 %'
+
+    Args:
+      shares: the share of each class, from 0 to 1, of shape (classes,).
+      class_names: names of the classes.
+      most: largest number of classes to list.
     """
     largest = np.argsort(-shares, kind="stable")[:most]
     return ", ".join(

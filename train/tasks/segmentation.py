@@ -1,4 +1,4 @@
-"""Segmentation: the class of every pixel, cross-entropy, intersection over union."""
+"""Segmentation, which predicts the class of every pixel."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from train.optim.config import OptimizerConfig
 from train.settings import AnyPath, Choice, settings
 from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
 
-# All networks here take heights and widths that are multiples of it.
+# All segmentation networks take heights and widths that are multiples of this.
 _STRIDE = 8
 
 ModelName = Annotated[str, Choice("model", models.names(task="segmentation"))]
@@ -77,7 +77,7 @@ class Segmentation:
       ignore_label: value of mask pixels without a class.
       in_channels: channels of the images.
       augment: augments and normalizes training examples.
-      normalize: normalizes other images.
+      normalize: normalizes images for evaluation and prediction.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -99,7 +99,8 @@ class Segmentation:
         """Makes the task for the images and classes of a dataset.
 
         Raises:
-          UsageError: if masks have values that are no class.
+          UsageError: if masks have values that are neither a class nor the ignored
+            label.
         """
         ignore_label = dataset.split("train").reader.ignore_label
         counts = _pixel_counts(dataset, ignore_label)
@@ -133,7 +134,7 @@ class Segmentation:
         return {"model": network}
 
     def load_weights(self, networks: Networks) -> None:
-        """Loads the weights of the backbone, if the config names some.
+        """Loads the weights of the backbone, if the config names a file.
 
         Raises:
           UsageError: if there is no backbone, or the file is missing or is for another
@@ -164,10 +165,10 @@ class Segmentation:
     def loss(
         self, name: str, networks: Networks, batch: Batch
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the mean cross-entropy of labelled pixels, and the accuracy.
+        """Returns the mean cross-entropy of labeled pixels, and the accuracy.
 
-        The loss of auxiliary logits is added where the network has them. A batch
-        without labels has a loss of 0.
+        If the network has auxiliary logits, their weighted loss is added. A batch
+        without labeled pixels has a loss of 0.
         """
         network, mask = networks[name], batch["mask"]
         logits, auxiliary = _on_multiples(network.with_auxiliary, batch["image"])
@@ -175,9 +176,9 @@ class Segmentation:
         if auxiliary is not None:
             auxiliary_loss = _mean(*self._losses(auxiliary, mask))
             loss += network.auxiliary_weight * auxiliary_loss
-        labelled = mask != self.ignore_label
-        correct = labelled & (logits.argmax(axis=-1) == mask)
-        count = labelled.sum(dtype=jnp.float32)
+        labeled = mask != self.ignore_label
+        correct = labeled & (logits.argmax(axis=-1) == mask)
+        count = labeled.sum(dtype=jnp.float32)
         metrics = {
             "pixel_accuracy": (
                 correct.sum(dtype=jnp.float32),
@@ -209,8 +210,8 @@ class Segmentation:
     def scores(self, sums: Sums) -> dict[str, float]:
         """Returns loss, pixel accuracy, mean IoU, and the IoU of each class.
 
-        The mean is over the classes that occur in truth or prediction. A class has an
-        entry of its own if it occurs in truth.
+        The mean is over the classes that occur in the truth or in the predictions.
+        Only classes that occur in the truth have their own IoU.
         """
         confusion = sums["confusion"].astype(np.int64)
         count = max(confusion.sum(), 1)
@@ -242,7 +243,7 @@ class Segmentation:
         batch: Mapping[str, np.ndarray],
         predictions: np.ndarray,
     ) -> None:
-        """Draws `samples.png`, photo, truth and prediction, and `iou.png`."""
+        """Draws `samples.png` (photos, truth and predictions) and `iou.png`."""
         self.save_comparison(folder / "samples.png", batch, {"prediction": predictions})
         iou = intersection_over_union(sums["confusion"])
         plots.save_bars(
@@ -270,10 +271,10 @@ class Segmentation:
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
     ) -> list[str]:
-        """Saves `NAME.png` to look at and `NAME-classes.png`, the class of each pixel.
+        """Saves drawings, `NAME.png`, and the class of each pixel, `NAME-classes.png`.
 
         Returns:
-          The largest classes of each photo.
+          The classes with the largest areas of each photo.
         """
         lines = []
         for name, photo, mask in zip(names, photos, predictions, strict=True):
@@ -316,9 +317,9 @@ class Segmentation:
 
         Ignored pixels have a weight of 0.
         """
-        labelled = mask != self.ignore_label
-        labels = jnp.where(labelled, mask, 0).astype(jnp.int32)
-        weights = jnp.where(labelled, jnp.array(self.class_weights)[labels], 0.0)
+        labeled = mask != self.ignore_label
+        labels = jnp.where(labeled, mask, 0).astype(jnp.int32)
+        weights = jnp.where(labeled, jnp.array(self.class_weights)[labels], 0.0)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses * weights, weights
 
@@ -329,9 +330,10 @@ def _mean(losses: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _on_multiples(network: Callable[[jax.Array], Any], images: jax.Array) -> Any:
-    """Returns logits for images of any size.
+    """Returns logits for normalized images of any size.
 
-    They are padded with the mean color to what the network takes, and cropped again.
+    The images are padded with the mean color, 0, to a size that the network takes. The
+    logits are cropped to the size of the images.
     """
     height, width = images.shape[1:3]
     sides = [(0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)]
@@ -340,10 +342,10 @@ def _on_multiples(network: Callable[[jax.Array], Any], images: jax.Array) -> Any
 
 
 def _pixel_counts(dataset: Dataset, ignore_label: int) -> dict[str, np.ndarray]:
-    """Returns the pixels of each class in each split, as it was prepared.
+    """Returns the number of pixels of each class in each prepared split.
 
     Raises:
-      UsageError: if there are pixels of other values.
+      UsageError: if pixels have values that are neither a class nor the ignored label.
     """
     found = {}
     for split, all_counts in dataset.class_counts.items():
@@ -362,6 +364,9 @@ def _pixel_counts(dataset: Dataset, ignore_label: int) -> dict[str, np.ndarray]:
 
 
 def _balanced(counts: np.ndarray) -> np.ndarray:
-    """Returns the median frequency over that of each class; 0 without a pixel."""
+    """Returns the median frequency over the frequency of each class.
+
+    A class without pixels has a weight of 0.
+    """
     median = np.median(counts[counts > 0])
     return np.divide(median, counts, out=np.zeros(len(counts)), where=counts > 0)

@@ -98,7 +98,7 @@ def blocks():
 
 
 def positions(examples=EXAMPLES, height=HEIGHT, width=WIDTH):
-    """An image whose first two channels are the positions (y, x) of pixel centres."""
+    """An image whose first two channels are the positions (y, x) of pixel centers."""
     grid = np.stack(np.mgrid[:height, :width], axis=-1).astype(np.float32) + 0.5
     grid = np.concatenate([grid, np.zeros_like(grid[..., :1])], axis=-1)
     return np.broadcast_to(grid, (examples, *grid.shape))
@@ -503,10 +503,10 @@ def test_color_jitter_by_nothing_is_the_identity():
     np.testing.assert_array_equal(out, image.astype(np.float32))
 
 
-def test_images_of_one_channel_have_no_colour_to_jitter():
+def test_images_of_one_channel_have_no_color_to_jitter():
     image = noise(4, 8, 8, 1)
-    colour = apply(augment.color_jitter(0, 0, 1.0, 0.5), image=image)["image"]
-    np.testing.assert_array_equal(colour, image.astype(np.float32))
+    color = apply(augment.color_jitter(0, 0, 1.0, 0.5), image=image)["image"]
+    np.testing.assert_array_equal(color, image.astype(np.float32))
     both = apply(augment.color_jitter(0.5, 0.5), image=image)["image"]
     assert both.shape == image.shape
     assert not (both == image).all()

@@ -24,7 +24,7 @@ from train.data.preparation.builder import BadFilesError
 from train.data.preparation.builders import digit_scenes, digits
 from train.errors import UsageError
 
-# Small copies of each layout. An image's colour tells its label and its number, so
+# Small copies of each layout. An image's color tells its label and its number, so
 # that tests see whether labels went with their images.
 
 
@@ -239,7 +239,7 @@ def test_every_builder_with_a_source_has_a_layout():
 
 @pytest.fixture
 def prepare(tmp_path):
-    """Prepares a layout in a folder of its own, and gives the builder."""
+    """Prepares a layout in its own folder, and returns the builder."""
 
     def prepare(name, source, where="prepared", **options):
         layout = LAYOUTS[name]
@@ -251,7 +251,7 @@ def prepare(tmp_path):
 
 
 def seen(dataset, split):
-    """Label, label by colour, and number of each example."""
+    """Label, label by color, and number of each example."""
     part = dataset.split(split)
     arrays = part.read(range(len(part)))
     if dataset.task == "classification":
@@ -889,7 +889,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
         (
             "image_folder",
             lambda root: (root / "val").rename(root / "extra"),
-            "has other folders beside those of splits: extra",
+            "has other folders beside the splits: extra",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_validation_holds_out_training_images_only(digits):
         ("camvid", r"not prepared in .*: python -m train.data prepare camvid --source"),
         (
             "cifar10",
-            r"not prepared .*\[prepare\].* python -m train.data prepare cifar10",
+            r"not prepared .*--group prepare .* python -m train.data prepare cifar10",
         ),
         (
             "cityscapes/semantic_segmentation",
@@ -89,7 +89,7 @@ def test_errors_name_the_remedy(name, message, tmp_path):
     importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is there"
 )
 def test_the_catalogue_is_prepared_by_tensorflow_only(tmp_path):
-    with pytest.raises(UsageError, match=r"\[prepare\].*TensorFlow"):
+    with pytest.raises(UsageError, match="--group prepare for TensorFlow"):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
@@ -313,7 +313,7 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path, features, example, messa
         data.load("cars196", data_dir=tmp_path)
 
 
-def test_unlabelled_images_are_in_no_class(tmp_path):
+def test_unlabeled_images_are_in_no_class(tmp_path):
     images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(3)]
     examples = [
         {"image": image, "label": label}
@@ -356,7 +356,7 @@ def test_images_of_several_sizes_need_one(tmp_path):
     with pytest.raises(UsageError, match=r"from 10 to 40 pixels wide.*image_size"):
         data.load("caltech_birds2011", data_dir=tmp_path)
     birds = data.load("caltech_birds2011", size=(8, 6), data_dir=tmp_path)
-    assert birds.std == (1.0, 1.0, 1.0)  # of one colour: nothing to divide by
+    assert birds.std == (1.0, 1.0, 1.0)  # of one color: nothing to divide by
     images = birds.split("train").read([0, 1])["image"]
     assert images.shape == (2, 8, 6, 3)
     assert (images == [200, 100, 50]).all()  # cropped: nothing is filled in

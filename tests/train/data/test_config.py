@@ -72,7 +72,7 @@ def test_masks_are_filled_up_with_the_datasets_own_ignored_label(scenes):
         assert not (found["mask"] == 255).any()
 
 
-def test_what_cutout_leaves_is_the_mean_colour(scenes):
+def test_what_cutout_leaves_is_the_mean_color(scenes):
     config = DataConfig(dataset="digit_scenes", augment=("cutout", "random_flip"))
     _, found = applied(config, scenes)
     assert (found["image"] == 0).all(-1).mean() > 0.05

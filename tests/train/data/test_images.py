@@ -100,7 +100,7 @@ def test_one_channel_is_kept_where_one_is_asked_for(kind):
         ("CMYK", "JPEG"),
     ],
 )
-def test_other_colour_modes_are_converted(mode, kind):
+def test_other_color_modes_are_converted(mode, kind):
     data = encoded(picture(mode), kind)
     photo = check_photo(data, "a")
     assert photo.size == (WIDTH, HEIGHT)
@@ -322,7 +322,7 @@ def mask_of(array, mode=None):
     image = Image.fromarray(array)
     if mode == "P":
         image = image.convert("P")
-        image.putpalette([200, 100, 50] * 256)  # colours say nothing of classes
+        image.putpalette([200, 100, 50] * 256)  # colors say nothing of classes
     return encoded(image)
 
 

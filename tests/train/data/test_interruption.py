@@ -118,7 +118,7 @@ def assert_nothing_is_left_over(data_dir):
 
 
 def run(work):
-    """Does work in a process of its own."""
+    """Does work in its own process."""
     process = processes.Process(target=work)
     process.start()
     process.join()
@@ -158,7 +158,7 @@ def _work_until(work, data_dir, point):
 
 
 def killed(work, data_dir, point):
-    """Whether work in a process of its own is killed before its end."""
+    """Whether work in its own process is killed before its end."""
     arguments = (work, str(data_dir), point)
     process = processes.Process(target=_work_until, args=arguments)
     process.start()
@@ -173,7 +173,7 @@ def kill_at_every_point(work, data_dir, check):
     Each time it goes on with what the last one left.
 
     Args:
-      work: what a process of its own does.
+      work: what the process does.
       data_dir: the folder of datasets that it changes.
       check: called after each kill.
     """

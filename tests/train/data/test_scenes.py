@@ -53,7 +53,7 @@ def test_arguments_stay_as_they_were(digits):
     np.testing.assert_array_equal(labels, digits["label"])
 
 
-def test_drawing_is_the_mask_in_colour(scenes):
+def test_drawing_is_the_mask_in_color(scenes):
     assert (
         len(scenes_module.COLORS)
         == len(set(scenes_module.COLORS))
@@ -81,7 +81,7 @@ def test_label_names_the_digit_drawn(digits, digit):
     assert np.unique(scene.mask).tolist() == [0, digit + 1]
 
 
-def test_only_placed_digits_are_labelled(monkeypatch):
+def test_only_placed_digits_are_labeled(monkeypatch):
     # With one try each, blocks often leave the others no place. The dots among them
     # must still be the small ones.
     monkeypatch.setattr(scenes_module, "_TRIES", 1)
@@ -122,7 +122,7 @@ def test_every_digit_is_brighter_than_the_background(scenes):
             assert scene.image[scene.mask == label].mean() > background + 30
 
 
-def test_colour_does_not_tell_the_class(scenes):
+def test_color_does_not_tell_the_class(scenes):
     images = np.stack([scene.image for scene in scenes])
     masks = np.stack([scene.mask for scene in scenes])
     means = [images[masks == label].mean(axis=0) for label in range(1, 11)]

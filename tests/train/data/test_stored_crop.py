@@ -41,7 +41,7 @@ def checkerboard(height, width):
 
 
 def contrasts(images):
-    """The standard deviation of the grey values of each image."""
+    """The standard deviation of the gray values of each image."""
     return np.asarray(images, np.float32).std(axis=(1, 2, 3))
 
 

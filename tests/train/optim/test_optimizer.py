@@ -201,16 +201,16 @@ def test_perturbed_unit_step_is_pugd():
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
 
-def test_barzilai_borwein_step_is_step_tuned_sgd_on_the_regularised_loss():
+def test_barzilai_borwein_step_is_step_tuned_sgd_on_the_regularized_loss():
     settings = {"momentum": 0.0, "schedule": "robbins_monro"}
     params, _ = run(build(config("barzilai_borwein_step", **settings)), 4)
 
-    def regularised(params, step):
+    def regularized(params, step):
         return jax.grad(lambda p: loss(p) + 0.05 * optax.tree.norm(p, squared=True))(
             params
         )
 
-    expected, _ = run(optax_tricks.step_tuned_sgd(0.01), 4, regularised)
+    expected, _ = run(optax_tricks.step_tuned_sgd(0.01), 4, regularized)
     chex.assert_trees_all_close(params, expected, rtol=1e-5)
 
 

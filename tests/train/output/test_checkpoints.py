@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, change, capfd):
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(
             CheckpointError,
-            match=r"2 is from another program: .* there and .* here: choose another",
+            match=r"2 is from another program: .* in the checkpoint and .* in this run",
         ),
     ):
         checkpoints.restore(change(state_of(0)), warn=pytest.fail)
@@ -263,7 +263,7 @@ def save_the_next(checkpoints):
 @pytest.mark.parametrize("later", [Checkpoints.wait, Checkpoints.close, save_the_next])
 def test_a_disk_is_full_while_a_checkpoint_is_written(tmp_path, num_bytes, later):
     save(tmp_path, 1, 2, width=1000)
-    # In a process of its own: Orbax ends its threads with unraisable exceptions.
+    # In its own process: Orbax ends its threads with unraisable exceptions.
     process = processes.Process(target=fail_to_save, args=(tmp_path, num_bytes, later))
     process.start()
     process.join()
@@ -292,9 +292,13 @@ def test_a_full_disk_is_seen_before_a_checkpoint_is_written(
 def test_a_folder_cannot_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.touch()
-    with pytest.raises(CheckpointError, match=r"cannot write .* see that it can be"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .* make the folder writable"
+    ):
         Checkpoints(folder)
-    with pytest.raises(CheckpointError, match=r"cannot write .* see that it can be"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .* make the folder writable"
+    ):
         Checkpoints(folder / "below")
 
 
@@ -398,7 +402,7 @@ def test_a_process_killed_at_any_change_leaves_whole_checkpoints(tmp_path):
     assert left_over > 0
 
 
-# Each of two processes runs it, with two devices of its own.
+# Each of two processes runs it, with its own two devices.
 PROGRAM = """
 import pathlib, sys
 import jax, numpy as np

@@ -49,7 +49,7 @@ def test_a_run_of_the_same_config_is_continued_only_if_asked(tmp_path):
     with open_folder(tmp_path):
         pass
     with (
-        pytest.raises(RunFolderError, match="holds this run already"),
+        pytest.raises(RunFolderError, match="already holds this run"),
         open_folder(tmp_path, resume=False),
     ):
         pass
@@ -59,7 +59,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     with open_folder(tmp_path) as folder:
         folder.start()
     other = {"epochs": 3, "optimizer": {"techniques": (), "momentum": 0.9}}
-    message = r"optimizer.techniques: \['scale_by_random'\] there, \[\] here"
+    message = r"optimizer.techniques: \['scale_by_random'\] in the folder, now \[\]"
     with pytest.raises(RunFolderError, match=message), open_folder(tmp_path, other):
         pass
 
@@ -67,7 +67,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with (
-        pytest.raises(RunFolderError, match="something else"),
+        pytest.raises(RunFolderError, match="holds other files"),
         open_folder(tmp_path),
     ):
         pass
@@ -77,7 +77,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_a_config_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with (
-        pytest.raises(RunFolderError, match=r"config.json is not that of a run"),
+        pytest.raises(RunFolderError, match=r"config.json was not written by a run"),
         open_folder(tmp_path),
     ):
         pass
@@ -116,7 +116,7 @@ def test_a_process_that_does_not_write_refuses_another_config_too(tmp_path):
         folder.append("rows.jsonl", {"a": 1})
     assert not (tmp_path / "rows.jsonl").exists()
     with (
-        pytest.raises(RunFolderError, match="epochs: 3 there, 4 here"),
+        pytest.raises(RunFolderError, match="epochs: 3 in the folder, now 4"),
         open_run_folder(tmp_path, "run", {"epochs": 4}, **settings),
     ):
         pass

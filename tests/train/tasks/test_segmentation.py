@@ -89,7 +89,7 @@ def loss_of(task, networks, batch):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 3.0, 0.0)])
-def test_loss_is_the_mean_over_labelled_pixels(weights):
+def test_loss_is_the_mean_over_labeled_pixels(weights):
     batch = make_batch()
     loss, metrics = loss_of(make_task(weights), IDENTITY, batch)
     losses, used = losses_of(batch, weights)

@@ -44,7 +44,7 @@ _DAMAGED = (
 
 
 class SourceError(UsageError):
-    """A folder or archive that cannot be used at all."""
+    """Raised if a folder or archive cannot be used at all."""
 
 
 class Source:
@@ -53,8 +53,8 @@ class Source:
     Attributes:
       path: the folder or archive.
       names: sorted names of all files that are not hidden.
-      folders: names of all folders, also of those without a file.
-      num_bytes: size of all files together.
+      folders: names of all folders that are not hidden, also of empty ones.
+      num_bytes: size of all files together, in bytes.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Source:
         """Returns the content of a file.
 
         Raises:
-          ValueError: if it is larger than any image, or damaged in the archive.
+          ValueError: if the file has more than 2**28 bytes, which no image has, or is
+            damaged in the archive.
         """
         if self._sizes[name] > _MAX_FILE_BYTES:
             raise ValueError(
@@ -107,8 +108,8 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
       progress: shows how far unpacking is.
 
     Raises:
-      SourceError: if it does not exist or is damaged, or a member is a link or lies
-        outside the folder of the archive.
+      SourceError: if the source does not exist or is damaged, or if a member of an
+        archive is a link or lies outside its folder.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -132,9 +133,9 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
 
 def _open_folder(path: Path) -> Source:
     sizes, folders = {}, set()
-    # The real paths of each folder and of all that it lies in.
+    # For each folder, its real path and those of all folders above it.
     above: dict[str, set[str]] = {}
-    # Here links are the user's own, and common where disks are shared.
+    # In a folder, the user made the links; they are common on shared disks.
     for folder, subfolders, files in os.walk(path, onerror=_fail, followlinks=True):
         real = os.path.realpath(folder)
         parents = above.get(os.path.dirname(folder), set())
@@ -191,7 +192,7 @@ def _open_tar(path: Path, file: BinaryIO) -> Source:
                 folders.add(name)
             else:
                 places[name] = (member.offset_data, member.size)
-        # tarfile takes a damaged header for the end as well.
+        # tarfile also takes a damaged header for the end.
         end = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
         if end != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end after {len(archive.getmembers())} members")
@@ -226,10 +227,10 @@ def _unpacked(
     stack: contextlib.ExitStack,
     progress: Progress,
 ) -> BinaryIO:
-    """Returns the tar itself, or an uncompressed temporary copy.
+    """Returns the tar itself, or an uncompressed temporary copy of it.
 
-    Only from an uncompressed tar can files be read in any order without reading all
-    that lie before them.
+    In a compressed tar, all bytes before a file must be read to reach the file. An
+    uncompressed tar can be read in any order.
     """
     start = file.read(6)
     file.seek(0)

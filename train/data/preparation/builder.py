@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 
 class BadFilesError(UsageError):
-    """Reports all files that cannot become examples.
+    """Raised if files cannot become examples; the message lists the first of them.
 
     Attributes:
       errors: one error for each file.
@@ -109,12 +109,13 @@ class ImageBuilder(  # type: ignore[call-arg]
         """Makes a builder.
 
         Args:
-          source: folder or archive to prepare from; not needed to read.
-          skip_bad: whether to leave out files that cannot be examples; they are an
-            error otherwise.
+          source: folder or archive to prepare from; not needed for a prepared dataset.
+          skip_bad: whether to leave out files that cannot become examples, which are
+            an error otherwise.
           progress: shows how far preparing is.
           config: the user's name for the dataset, with `NEEDS_NAME`.
-          file_format: array_record, the only one that is read without TensorFlow.
+          file_format: must be array_record, the only format that can be read without
+            TensorFlow.
           **kwargs: passed to `tfds.core.DatasetBuilder`: data_dir, version.
         """
         if file_format != "array_record":
@@ -130,9 +131,9 @@ class ImageBuilder(  # type: ignore[call-arg]
 
     @abc.abstractmethod
     def _list(self, source: Source) -> dict[str, list[Item]]:
-        """Lists the examples of each split, without reading images.
+        """Returns the examples of each split, without reading images.
 
-        Reports files that belong to no example by `self._bad`.
+        Files that belong to no example are reported with `self._bad`.
         """
 
     def _bad(self, file: str, problem: str) -> None:
@@ -146,7 +147,7 @@ class ImageBuilder(  # type: ignore[call-arg]
         citation: str | None = None,
         **metadata: Any,
     ) -> tfds.core.DatasetInfo:
-        """Returns the description that `_info` is to return."""
+        """Returns the description of the dataset, for `_info`."""
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
@@ -170,7 +171,7 @@ class ImageBuilder(  # type: ignore[call-arg]
             if (folder / "dataset_info.json").exists():
                 return
             if folder.exists():
-                raise UsageError(f"{folder} is no prepared dataset: remove it first")
+                raise UsageError(f"{folder} is not a prepared dataset: remove it first")
             # This process holds the lock, so nobody is working on these leftovers.
             for left_over in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(left_over)
@@ -208,7 +209,7 @@ class ImageBuilder(  # type: ignore[call-arg]
             self._advance = reporter.advance
             try:
                 super().download_and_prepare(**kwargs)
-            except (OSError, RuntimeError) as error:  # array_record's is the latter
+            except (OSError, RuntimeError) as error:  # array_record raises the latter
                 raise UsageError(
                     f"cannot write {self.name} to {self.data_dir} ({error}): make room "
                     "or choose another data_dir"
@@ -260,7 +261,7 @@ class ImageBuilder(  # type: ignore[call-arg]
         """Prints nothing, unlike the base class, as nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """Prints nothing, as above."""
+        """Prints nothing, unlike the base class."""
 
 
 def shuffled(items: Iterable[Item]) -> list[Item]:

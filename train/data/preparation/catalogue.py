@@ -23,7 +23,7 @@ _NAME = re.compile(r"(?P<builder>\w+)(/(?P<config>\w[\w.+-]*))?")
 
 
 def default_data_dir() -> Path:
-    """Returns the default folder of prepared datasets, which is that of TFDS."""
+    """Returns the default folder of prepared datasets, which TFDS also uses."""
     return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
 
 

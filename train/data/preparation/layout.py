@@ -85,7 +85,7 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
     if found and len(folders) < len(below):
         others = ", ".join(sorted(set(below) - set(folders)))
         raise SourceError(
-            f"{source.path} has other folders beside those of splits: {others}"
+            f"{source.path} has other folders beside the splits: {others}"
         )
     if found and "train" not in found:
         raise SourceError(
@@ -170,8 +170,8 @@ def match(
     ]
 
 
-def labelled(source: Source, name: str, label: int) -> Item:
-    """Returns a colour image with the number of its class."""
+def labeled(source: Source, name: str, label: int) -> Item:
+    """Returns a color image with the number of its class."""
 
     def make() -> Example:
         return {"image": check_photo(read(source, name), name).data, "label": label}

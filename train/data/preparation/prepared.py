@@ -1,4 +1,4 @@
-"""Opens prepared datasets, and says what they hold and which tasks they serve."""
+"""Opens prepared datasets, and determines their fields and the tasks they serve."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ class Prepared:
       folder: folder that holds it.
       info: the description by TFDS.
       sources: the TFDS data source of each split, whose images are still encoded.
-      tasks: the fields of an example, for each task that the dataset serves.
+      tasks: the fields of an example by name, for each task that the dataset serves.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Prepared:
     tasks: Mapping[str, Mapping[str, Field]]
 
     def fields(self, task: str | None) -> Mapping[str, Field]:
-        """Returns the fields of a task; of the first that is served if it is None.
+        """Returns the fields of a task, or of the first task that the dataset serves.
 
         Raises:
           UsageError: if the dataset does not serve the task.
@@ -124,14 +124,14 @@ class Prepared:
 
     @property
     def ignore_label(self) -> int | None:
-        """Value of mask pixels without a class."""
+        """Value of mask pixels without a class, or None."""
         if any(field.lookup for field in self.fields(None).values()):
             return _IGNORED
         return (self.info.metadata or {}).get("ignore_label")
 
     @property
     def colors(self) -> np.ndarray | None:
-        """(classes, 3) uint8, RGB of the classes, if it comes with them."""
+        """RGB colors of the classes, uint8 (classes, 3); None if there are none."""
         colors = (self.info.metadata or {}).get("colors")
         return None if colors is None else np.asarray(colors, np.uint8)
 
@@ -145,15 +145,18 @@ def open_prepared(
 ) -> Prepared:
     """Opens a prepared dataset, and prepares it first if that needs no source.
 
+    The arguments are those of `load`.
+
     Raises:
-      UsageError: if it is not known, not prepared, or prepared for TensorFlow alone.
+      UsageError: if the dataset is not known or not prepared, or was prepared in a
+        format that only TensorFlow reads.
     """
     folder = find_or_prepare(name, data_dir, progress)
     builder = tfds.builder_from_directory(folder)
     found = builder.info.file_format
     if found is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UsageError(
-            f"{folder} was prepared as {found and found.value}, which TensorFlow alone "
+            f"{folder} was prepared as {found and found.value}, which only TensorFlow "
             f"reads: move it away and prepare it as array_record, {command(name)}"
         )
     encoded = {
@@ -193,21 +196,22 @@ def load(
       name: name of the dataset: `digits`, `image_folder/flowers`, `cifar10`.
       task: "classification", "segmentation" or "translation"; the first that the
         dataset serves if unset.
-      size: (height, width) of images in pixels; may be unset if all are of one size.
-        `Reader.fit` tells how images of other sizes are brought to it.
+      size: (height, width) of images in pixels; may be unset if all have the same
+        size. `Reader.fit` says how images of other sizes are resized.
       direction: "AtoB" translates the left half of a pair into the right, "BtoA" the
         right into the left.
-      data_dir: folder of prepared datasets; that of TFDS if unset.
-      progress: shows how far the work of the first call is.
-      cache: splits whose decoded examples will be needed in memory, and the size of
-        their images, None for that in which they are stored. The first call decodes
-        all images to measure them; with this, it writes them to the cache as well.
-        "validation" stands for "train" where it will be held out of that.
-      max_cache_bytes: nothing is written if all decoded examples would take more.
+      data_dir: folder of prepared datasets; the default of TFDS if unset.
+      progress: shows how far the first call is.
+      cache: splits whose decoded examples will be needed in memory, each with the size
+        of its images, or None for the stored size. The first call decodes all images to
+        measure them, and writes these splits to the cache in the same pass. If there is
+        no validation split, "validation" stands for "train", from which it will be held
+        out.
+      max_cache_bytes: if the decoded examples would take more, no cache is written.
 
     Raises:
-      UsageError: if the dataset is not known or not prepared, or does not serve the
-        task, or its images differ in size and no size is given.
+      UsageError: if the dataset is not known or not prepared, has no training split or
+        does not serve the task, or if its images differ in size and no size is given.
     """
     found = open_prepared(
         name, direction=direction, data_dir=data_dir, progress=progress
@@ -267,7 +271,7 @@ def _requests(
 def _class_counts(
     fields: Mapping[str, Field], measured: Mapping[str, SplitStatistics], classes: int
 ) -> dict[str, np.ndarray]:
-    """Returns the counts of `Dataset.class_counts`."""
+    """Returns `Dataset.class_counts`."""
     for field in fields.values():
         if field.kind != "image":
             length = 256 if field.kind == "mask" else classes

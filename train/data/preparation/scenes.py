@@ -1,8 +1,8 @@
 """Composes scenes of several handwritten digits from small images of single digits.
 
-A scene has a photo-like image, the class of every pixel, and a drawing with one colour
+A scene has a photo-like image, the class of every pixel, and a drawing with one color
 for each class. So there are photos of real handwriting to segment, and drawings to
-translate to images, without a download. Every digit has a random colour and texture, so
+translate to images, without a download. Every digit has a random color and texture, so
 that only its shape tells its class. The drawing does determine that digits are brighter
 than the background, lit from the upper left, and cast a shadow to the lower right.
 """
@@ -110,11 +110,11 @@ def _draw(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     angle = np.deg2rad(rng.uniform(-15, 15))
     reach = zoom * len(digit) / 2
     x, y = rng.uniform(reach, size - reach, 2)
-    cos, sin, centre = np.cos(angle) / zoom, np.sin(angle) / zoom, source.width / 2
+    cos, sin, center = np.cos(angle) / zoom, np.sin(angle) / zoom, source.width / 2
     # Pillow takes the map from points of the canvas to points of the source.
     to_source = (
-        *(cos, sin, centre - cos * x - sin * y),
-        *(-sin, cos, centre + sin * x - cos * y),
+        *(cos, sin, center - cos * x - sin * y),
+        *(-sin, cos, center + sin * x - cos * y),
     )
     drawn = source.transform(
         (size, size), Image.Transform.AFFINE, to_source, Image.Resampling.BICUBIC

@@ -14,10 +14,10 @@ Color = tuple[int, int, int]
 class SegmentationBuilder(  # type: ignore[call-arg]
     ImageBuilder, skip_registration=True
 ):
-    """Base of the builders whose masks have known classes, with a colour for each.
+    """Base of the builders whose masks have known classes, with a color for each.
 
     Attributes:
-      COLORS: the colour of each class by its name, in the order of mask values from 0.
+      COLORS: the color of each class by its name, in the order of mask values from 0.
       VOID: value of mask pixels without a class.
       HOMEPAGE: address of the dataset.
       CITATION: its publication.

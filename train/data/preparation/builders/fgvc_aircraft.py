@@ -42,5 +42,5 @@ class FgvcAircraft(ImageBuilder):
                         "expected a number and a variant of variants.txt"
                     )
                 file = f"{root}images/{number}.jpg"
-                items[split].append(layout.labelled(source, file, labels[variant]))
+                items[split].append(layout.labeled(source, file, labels[variant]))
         return items

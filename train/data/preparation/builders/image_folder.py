@@ -52,7 +52,7 @@ class ImageFolder(ImageBuilder):
                 if by_class[name]:
                     self._bad(f"{splits[split]}{name}/", "a class that train/ lacks")
             items[split] = [
-                layout.labelled(source, file, label)
+                layout.labeled(source, file, label)
                 for label, name in enumerate(classes)
                 for file in by_class.get(name, [])
             ]

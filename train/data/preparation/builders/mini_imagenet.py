@@ -52,7 +52,7 @@ class MiniImagenet(ImageBuilder):
                 if others:
                     self._bad(file, f"there are {name} and {', '.join(others)}")
                 else:
-                    items[split].append(layout.labelled(source, name, labels[label]))
+                    items[split].append(layout.labeled(source, name, labels[label]))
         return items
 
 

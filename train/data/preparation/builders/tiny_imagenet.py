@@ -37,7 +37,7 @@ class TinyImagenet(ImageBuilder):
             ]
             if not files:
                 self._bad(prefix, "an empty class folder; expected images")
-            train += [layout.labelled(source, file, labels[name]) for file in files]
+            train += [layout.labeled(source, file, labels[name]) for file in files]
         validation = []
         for line in layout.read_lines(source, f"{root}val/val_annotations.txt"):
             file, name = (*line.split("\t"), "")[:2]
@@ -47,5 +47,5 @@ class TinyImagenet(ImageBuilder):
                     "file, a tab and a class of wnids.txt"
                 )
             file = f"{root}val/images/{file}"
-            validation.append(layout.labelled(source, file, labels[name]))
+            validation.append(layout.labeled(source, file, labels[name]))
         return {"train": train, "validation": validation}
