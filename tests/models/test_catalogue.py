@@ -218,6 +218,7 @@ def test_image_size_that_a_network_cannot_have_is_refused(name, image_size):
         abstract(name, image_size=image_size)
 
 
+@pytest.mark.slow
 def test_image_size_and_patch_size_are_options():
     model = abstract("deit_ti_16", image_size=32, patch_size=4, num_classes=5)
     assert output_shape(model, (2, 32, 32, 3)) == (2, 5)

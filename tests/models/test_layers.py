@@ -63,6 +63,7 @@ def with_positive_weights(model):
     return model
 
 
+@pytest.mark.slow
 def test_a_logit_of_patchgan_sees_70_by_70_pixels():
     model = models.create("patchgan70", rngs=nnx.Rngs(0), norm="none", in_channels=1)
     found = seen(with_positive_weights(model), (112, 128, 1), 6, 7)
@@ -322,6 +323,7 @@ def generator():
     return Generator(6, layers=layers(), dropout_at_test=False)
 
 
+@pytest.mark.slow
 def test_pix2pix_starts_from_a_normal_of_a_fiftieth():
     for model in (generator(), models.create("patchgan70", rngs=nnx.Rngs(0))):
         for _, module in nnx.iter_modules(model):
@@ -338,6 +340,7 @@ def test_pix2pix_starts_from_a_normal_of_a_fiftieth():
 # Options.
 
 
+@pytest.mark.slow
 def test_dropout_at_test_makes_a_generator_random():
     images = normal(1, 64, 64, 3)
     silent = evaluation(generator())
@@ -348,6 +351,7 @@ def test_dropout_at_test_makes_a_generator_random():
     assert float(jnp.abs(first - second).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_stochastic_depth_leaves_out_whole_branches():
     model = VisionTransformer(
         8,

@@ -164,6 +164,7 @@ def all_equal(a, b):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_one_step_along_the_gradient_reduces_the_loss(form):
     graphdef, params, state = make(form)
     images = images_for(form)
@@ -219,6 +220,7 @@ def test_bfloat16_keeps_parameters_statistics_and_outputs_in_float32(form):
 
 
 @pytest.mark.parametrize("form", COMPILED_AGAIN)
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(form):
     graphdef, params, state = make(form, dtype=jnp.bfloat16)
     images = images_for(form)
@@ -254,6 +256,7 @@ def test_remat_is_part_of_the_computation(form):
 
 
 @pytest.mark.parametrize("form", COMPILED_AGAIN)
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_and_statistics(form):
     graphdef, params, state = make(form)
     images = images_for(form)
@@ -265,6 +268,7 @@ def test_remat_gives_the_same_gradients_and_statistics(form):
 
 
 @pytest.mark.parametrize("form", COMPILED_AGAIN)
+@pytest.mark.slow
 def test_vmap_over_two_seeds_equals_two_runs(form):
     graphdef, *_ = make(form)
     images = images_for(form)
@@ -281,6 +285,7 @@ def test_vmap_over_two_seeds_equals_two_runs(form):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_keys_of_parameters_may_be_traced():
     def first_kernel(key):
         return build("basic", key=key).conv1.kernel[...]
@@ -340,6 +345,7 @@ def test_weight_standardization_is_of_all_convolutions_but_the_last(form):
 
 
 @pytest.mark.parametrize("form", ["basic", "densenet", "unet"])
+@pytest.mark.slow
 def test_frozen_batch_norm_is_batch_norm_in_evaluation(form):
     images = images_for(form)
     graphdef, params, state = make(form)

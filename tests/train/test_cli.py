@@ -255,6 +255,7 @@ def records_of(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_seeds_in_one_command_are_those_of_several(monkeypatch, tmp_path, capsys):
     common = ("classification", "--epochs", 2, "--techniques", "scale_by_random")
     run(monkeypatch, *common, "--seeds", 2, "--seed", 1, "--run-dir", tmp_path / "all")
@@ -311,6 +312,7 @@ def test_recipes_are_listed_and_change_the_defaults(monkeypatch, tmp_path, capsy
     assert "(default:unet64_small)" in squeezed(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_trained_with_the_flags_that_change_it(monkeypatch, tmp_path):
     arguments = ("classification", "--recipe", "pugd_cifar10_upanet16")
     arguments += ("--dataset", "digits", "--model", "resnet8", "--epochs", 1)

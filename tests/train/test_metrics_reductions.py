@@ -104,6 +104,7 @@ def expected_ssim(a, b):
 
 
 @pytest.mark.parametrize("n", [2**15, 2**15 + 1])
+@pytest.mark.slow
 def test_ssim_means(n):
     random = np.random.default_rng(n)
     pattern = random.uniform(size=(1, 11, 11, 1)).astype(np.float32)

@@ -113,7 +113,7 @@ ONE_OF_EACH = (
     "rename checkpoints/seed0/4 1",
     "half rmtree checkpoints/seed0/2 1",
     "append steps.jsonl 4",
-    "half savefig curves.png 1",
+    "half savefig curves.png.part 1",
 )
 
 
@@ -148,7 +148,7 @@ KILLED_FIRST = (
     "append steps.jsonl 5",
     "rename checkpoints/seed0/4 1",
     "write_text steps.jsonl.part 2",
-    "savefig confusion_matrix.png 1",
+    "savefig confusion_matrix.png.part 1",
 )
 
 
@@ -169,7 +169,7 @@ def test_a_run_killed_twice_ends_as_if_undisturbed(call, tmp_path, undisturbed, 
 
 
 @pytest.mark.parametrize(
-    "point", ["half savefig confusion_matrix.png 1", "replace summary.json 1"]
+    "point", ["half savefig confusion_matrix.png.part 1", "replace summary.json 1"]
 )
 def test_figures_are_drawn_though_all_steps_were_done(
     call, tmp_path, undisturbed, point
@@ -246,7 +246,7 @@ def test_told_to_end_at_any_point(call, tmp_path, undisturbed, part):
         ended = call(folder, at=point, action=failpoints.terminate)
         assert point in ended.points
         training = any("steps.jsonl" in line for line in points[: points.index(point)])
-        drawing = "savefig curves.png 1" in points[: points.index(point) + 1]
+        drawing = "savefig curves.png.part 1" in points[: points.index(point) + 1]
         if training and not drawing:
             assert ended.code in (0, EXIT_CODE), ended.output
         elif ended.code != EXIT_CODE:  # before the first step and after the last
@@ -266,7 +266,7 @@ FULL_AT = (
     "mkdir checkpoints/seed0/4.orbax-checkpoint-tmp 1",
     "half write_text checkpoints/seed0/6.orbax-checkpoint-tmp/"
     "state.orbax-checkpoint-tmp/digests.json 1",
-    "half savefig curves.png 1",
+    "half savefig curves.png.part 1",
     "half write_text summary.json.part 1",
 )
 

@@ -104,6 +104,7 @@ def test_predictions_are_probabilities():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_network_learns_a_batch(precision, descend):
     task, batch = make_task(precision=precision), make_batch()
     networks = task.create_networks(nnx.Rngs(0))

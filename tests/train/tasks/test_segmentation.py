@@ -195,6 +195,7 @@ def test_images_of_any_size_are_segmented_at_full_size(size):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_network_learns_a_batch(precision, descend):
     task, batch = make_task(precision=precision), make_batch(2)
     networks = task.create_networks(nnx.Rngs(0))

@@ -116,6 +116,7 @@ def small_networks(norm="batch", dtype=None):
     ("dtype", "norm"), [(None, "batch"), (jnp.bfloat16, "instance")]
 )
 @pytest.mark.parametrize("name", ["generator", "discriminator"])
+@pytest.mark.slow
 def test_networks_learn_a_batch(name, dtype, norm, descend):
     task, batch = make_task(l1_weight=10.0), make_batch()
     batch["target"] = 255 - batch["input"] // 8  # all bright
@@ -158,6 +159,7 @@ def test_predictions_are_images():
     np.testing.assert_allclose(found, (expected + 1) * 127.5, atol=0.51)
 
 
+@pytest.mark.slow
 def test_dropout_at_test_makes_images_differ():
     # A network of the catalogue: the smallest with dropout.
     def outputs(dropout_at_test):
