@@ -56,6 +56,7 @@ def test_every_technique_has_a_baseline_that_differs_by_it_alone():
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_a_study_is_run_once_and_finished_where_it_stopped(
     run, monkeypatch, tmp_path, capsys
 ):

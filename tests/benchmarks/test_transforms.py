@@ -22,6 +22,7 @@ def test_the_tree_is_that_of_a_resnet50():
     assert len(shapes) == 161
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_rows(run, monkeypatch, tmp_path, capsys):
     small = {"conv": {"kernel": (3, 3, 4, 8)}, "head": {"kernel": (8, 2), "bias": (2,)}}
     monkeypatch.setattr(transforms, "resnet50_shapes", lambda: small)

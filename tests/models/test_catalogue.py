@@ -83,6 +83,7 @@ def test_dilated_networks_have_a_backbone():
 
 
 @pytest.mark.parametrize("name", models.names())
+@pytest.mark.slow
 def test_auxiliary_logits_are_like_the_logits_or_none(name):
     entry, model = models.describe(name), abstract(name)
     shape = (2, *entry.input_shape)

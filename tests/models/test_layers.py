@@ -232,6 +232,7 @@ def test_norms_keep_the_dtype(make):
         (512, 32),
     ],
 )
+@pytest.mark.slow
 def test_group_norm_has_the_most_groups_of_two_up_to_32(channels, groups):
     norm = GroupNorm(channels, rngs=nnx.Rngs(0))
     assert norm.num_groups == groups

@@ -184,6 +184,7 @@ def test_one_step_along_the_gradient_reduces_the_loss(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_training_and_evaluation_differ_only_as_they_should(form):
     graphdef, params, state = make(form)
     images = images_for(form) + 1.0
@@ -206,6 +207,7 @@ def test_training_and_evaluation_differ_only_as_they_should(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_statistics_and_outputs_in_float32(form):
     graphdef, params, state = parts(abstract(form, dtype=jnp.bfloat16))
     images = images_for(form)

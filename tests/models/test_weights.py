@@ -214,6 +214,7 @@ ROUND_TRIPS = [
 
 
 @pytest.mark.parametrize(("form", "naming"), ROUND_TRIPS)
+@pytest.mark.slow
 def test_weights_come_back_as_they_were_saved(form, naming, tmp_path):
     _, make = FORMS[form]
     model, other = filled(make, 0), filled(make, 1)

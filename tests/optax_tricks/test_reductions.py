@@ -130,6 +130,7 @@ def update(name: str, gradient: Callable[..., Any]) -> Callable[[jax.Array], Any
 @every_size
 @every_layout
 @every_transform
+@pytest.mark.slow
 def test_norms_and_products_of_one_model(name: str, layout: Layout, n: int) -> None:
     w = layout.params(make_rows(n))
     updates, state = jax.jit(update(name, layout.gradient))(w)
@@ -172,6 +173,7 @@ def test_norms_and_products_of_many_models_under_vmap(name: str, n: int) -> None
 
 @every_size
 @pytest.mark.parametrize("name", ["rows", "vmapped-rows", "columns"])
+@pytest.mark.slow
 def test_means_of_centralize(name: str, n: int) -> None:
     layout = LAYOUTS[name]
     w = layout.params(make_rows(n))

@@ -102,6 +102,7 @@ def test_devices_that_share_a_batch_give_what_one_gives(techniques):
 
 
 @pytest.mark.parametrize("techniques", COMBINATIONS, ids="+".join)
+@pytest.mark.slow
 def test_sharded_parameters_are_the_same_parameters(techniques):
     found = train(deep_program(make_mesh(), techniques, shard_params=True))
     assert_same_run(found, on_one_device(techniques), rel=1e-4)
@@ -194,6 +195,7 @@ def test_where_arrays_of_a_state_lie():
     }
 
 
+@pytest.mark.slow
 def test_classification_is_the_same_on_many_devices():
     assert_same_step(ClassificationConfig(epochs=1, batch_size=16))
 

@@ -117,6 +117,7 @@ ONE_OF_EACH = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_undisturbed(
     call, tmp_path, undisturbed
 ):
@@ -208,6 +209,7 @@ def test_told_to_end_within_an_epoch(call, tmp_path, undisturbed):
     assert records(folder)[1]["seconds"] > seconds > 0
 
 
+@pytest.mark.slow
 def test_told_to_end_at_the_end_of_the_steps_of_an_epoch(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     point = "append steps.jsonl 4"
@@ -218,6 +220,7 @@ def test_told_to_end_at_the_end_of_the_steps_of_an_epoch(call, tmp_path, undistu
     assert records(folder)[1]["seconds"] == seconds > 0
 
 
+@pytest.mark.slow
 def test_told_to_end_during_a_save(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     name = "checkpoints/seed0/2.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp"
@@ -228,6 +231,7 @@ def test_told_to_end_during_a_save(call, tmp_path, undisturbed):
     assert_goes_on(call, folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_told_to_end_after_the_last_step_of_a_seed(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     point = "append metrics.jsonl 3"
@@ -271,6 +275,7 @@ FULL_AT = (
 )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_no_checkpoint(call, tmp_path, undisturbed):
     folder, kept = tmp_path / "run", 0
     for point in FULL_AT:

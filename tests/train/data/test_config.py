@@ -32,6 +32,7 @@ def applied(config, dataset, examples=4):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("crop", [None, (40, 48)])
+@pytest.mark.slow
 def test_each_gives_images_and_masks_of_the_training_size(name, crop, scenes):
     config = DataConfig(dataset="digit_scenes", augment=(name,), crop=crop)
     assert config.training_size(scenes) == (crop or (64, 64))

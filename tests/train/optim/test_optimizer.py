@@ -104,6 +104,7 @@ def test_muon_takes_kernels_as_matrices_from_inputs_to_outputs():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.slow
 def test_every_technique_goes_with_every_optimizer(technique, optimizer):
     chosen = config(technique, optimizer=optimizer, clip_norm=10.0, decay_all=False)
     points = []

@@ -183,6 +183,7 @@ def damages(path):
     yield from (whole[: len(whole) // 2], b"", None)
 
 
+@pytest.mark.slow
 def test_any_damage_to_any_file_is_seen(tmp_path, capfd):
     """Or does no harm: some files of Orbax hold nothing that matters."""
     save(tmp_path, 1, 2)
@@ -261,6 +262,7 @@ def save_the_next(checkpoints):
 
 @pytest.mark.parametrize("num_bytes", [100, 20_000], ids=["metadata", "arrays"])
 @pytest.mark.parametrize("later", [Checkpoints.wait, Checkpoints.close, save_the_next])
+@pytest.mark.slow
 def test_a_disk_is_full_while_a_checkpoint_is_written(tmp_path, num_bytes, later):
     save(tmp_path, 1, 2, width=1000)
     # In its own process: Orbax ends its threads with unraisable exceptions.

@@ -155,6 +155,7 @@ def test_without_weights_nothing_is_loaded():
     make_task().load_weights({})
 
 
+@pytest.mark.slow
 def test_the_embedded_digits(tmp_path):
     config = ClassificationConfig()
     task, dataset = open_task(config)

@@ -213,6 +213,7 @@ def test_balanced_weights_are_median_frequency_over_frequency():
     assert found.tolist() == [1, 0, 10, 0.1]
 
 
+@pytest.mark.slow
 def test_the_embedded_scenes(tmp_path):
     config = SegmentationConfig(
         class_weights="balanced",
