@@ -11,6 +11,7 @@ import pytest
 # A test process stays below 3 GB.
 _MEMORY_STEP = 3 << 28
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
     # The processes of pytest-xdist share one folder; preparing is safe among them.
