@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 # A test process stays below 3 GB.
-_MEMORY_STEP = 3 << 28
+_MEMORY_STEP = 1 << 29
 
 
 @pytest.fixture(scope="session", autouse=True)
