@@ -1,4 +1,4 @@
-"""Cheap gradient techniques as optax gradient transformations.
+"""Four gradient techniques as optax gradient transformations.
 
 Each factory returns an `optax.GradientTransformationExtraArgs`, which can stand in an
 `optax.chain` with any other. `optax_tricks.nnx`, which is imported by its full name and
@@ -10,6 +10,8 @@ from optax_tricks._barzilai_borwein_step import (
     barzilai_borwein_step,
 )
 from optax_tricks._centralize import centralize
+from optax_tricks._global_norms import global_norms
+from optax_tricks._logged_scalars import logged_scalars
 from optax_tricks._perturbed_unit_step import (
     PerturbedUnitStepState,
     perturbed_unit_step,
@@ -27,6 +29,8 @@ __all__ = [
     "ScaleByRandomState",
     "barzilai_borwein_step",
     "centralize",
+    "global_norms",
+    "logged_scalars",
     "perturbed_unit_step",
     "pugd",
     "scale_by_random",

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, count_if, map_in, norm, sum_over
+from optax_tricks._numerics import (
+    accumulator_dtype,
+    count_if,
+    keep_if,
+    map_in,
+    scalar_dtype,
+    sums_over,
+)
 from optax_tricks._second_gradient import (
     GradFn,
     check_call,
@@ -22,13 +29,15 @@ _NAME = "barzilai_borwein_step"
 class BarzilaiBorweinStepState(NamedTuple):
     """State of `barzilai_borwein_step`.
 
+    Floats are float32, or float64 if a leaf of the parameters is float64.
+
     Attributes:
       bb_count: int32 of shape (), the number of updates so far, k.
-      bb_step_size: float32 of shape (), the factor of the next update. It starts at 1.
-      bb_curvature: float32 of shape (), the inner product of the averaged gradient
+      bb_step_size: float of shape (), the factor of the next update. It starts at 1.
+      bb_curvature: float of shape (), the inner product of the averaged gradient
         difference and the half step in the latest update. It starts at 0.
-      bb_gradient_norm: float32 of shape (), the norm of the latest g(w).
-      bb_half_gradient_norm: float32 of shape (), the norm of the latest g(w_half).
+      bb_gradient_norm: float of shape (), the norm of the latest g(w).
+      bb_half_gradient_norm: float of shape (), the norm of the latest g(w_half).
       bb_nonpositive_curvature_count: int32 of shape (), the number of updates so far
         in which the curvature was not positive, so that `nu` was used.
       bb_min_scale_count: int32 of shape (), the number of updates so far in which the
@@ -61,18 +70,21 @@ def barzilai_borwein_step(
     r"""Adds two gradients of a mini-batch and scales the sum by observed curvature.
 
     The updates must still be multiplied by the learning rate that is given here. With
-    :math:`a_k` the learning rate of step k and :math:`\gamma_0 = 1`,
+    $a_k$ the learning rate of step k and $\gamma_0 = 1$,
 
-    .. math::
-      w_{1/2} &= w_k - a_k \gamma_k \, g(w_k), \quad
-      \Delta w = w_{1/2} - w_k, \quad \Delta g = g(w_{1/2}) - g(w_k) \\
-      G_k &= \beta G_{k-1} + (1 - \beta) \Delta g, \quad
-      \hat G_k = G_k / (1 - \beta^{k+1}) \\
-      \gamma_{k+1} &= \|\Delta w\|^2 / \langle \hat G_k, \Delta w \rangle
-      \text{ if } \langle \hat G_k, \Delta w \rangle > 0 \text{, else } \nu,
+    $$
+    \begin{split}
+    w_{1/2} &= w_k - a_k \gamma_k \, g(w_k), \quad
+    \Delta w = w_{1/2} - w_k, \quad \Delta g = g(w_{1/2}) - g(w_k) \\
+    G_k &= \beta G_{k-1} + (1 - \beta) \Delta g, \quad
+    \hat G_k = G_k / (1 - \beta^{k+1}) \\
+    \gamma_{k+1} &= \|\Delta w\|^2 / \langle \hat G_k, \Delta w \rangle
+    \text{ if } \langle \hat G_k, \Delta w \rangle > 0 \text{, else } \nu,
+    \end{split}
+    $$
 
-    with :math:`\gamma_{k+1}` clipped to [min_scale, max_scale]. The update is
-    :math:`\gamma_k (g(w_k) + g(w_{1/2}))`, which makes both half steps at once.
+    with $\gamma_{k+1}$ clipped to [min_scale, max_scale]. The update is
+    $\gamma_k (g(w_k) + g(w_{1/2}))$, which makes both half steps at once.
     `step_tuned_sgd` is the published algorithm, which is built from this transform.
 
     Args:
@@ -90,8 +102,9 @@ def barzilai_borwein_step(
       mini-batch of the incoming gradient. Leaves keep their dtype.
 
     Raises:
-      ValueError: if a number is outside its range; on init or update, if a leaf is
-        masked or complex; on update, if ``params`` or ``grad_fn`` is missing or
+      ValueError: if a number is outside its range, also after rounding to float32
+        (``beta=0.99999999`` is); on init or update, if a leaf is masked, complex or not
+        floating-point; on update, if ``params`` or ``grad_fn`` is missing or
         ``grad_fn`` returns another structure or other shapes.
 
     Examples:
@@ -106,37 +119,46 @@ def barzilai_borwein_step(
       [-0.36  0.72] 0.500
 
     References:
-      C. Castera, J. Bolte, C. Févotte, E. Pauwels, `Second-Order Step-Size Tuning of
-      SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
+      C. Castera, J. Bolte, C. Févotte, E. Pauwels, [Second-Order Step-Size Tuning of
+      SGD for Non-Convex Optimization](https://arxiv.org/abs/2103.03570), 2022
 
-    .. note::
+    Note:
       Transforms before this one change only the first gradient. To change both, for
-      example by L2 regularization, apply them inside ``grad_fn`` as well. A non-finite
-      gradient makes the factor NaN in all later steps. `optax.apply_if_finite` skips
-      steps with a non-finite first gradient, but it does not check the second. To skip
-      both, keep the old parameters and state, by `jax.tree.map` and ``jnp.where``,
-      whenever ``optax.tree.norm(updates)`` is not finite. Squares are accumulated in
+      example by L2 regularization, apply them inside ``grad_fn`` as well.
+      `optax.MultiSteps` would call ``grad_fn`` on every mini-step and use only one
+      result, so accumulate inside ``grad_fn`` instead. Squares are accumulated in
       float32 (float64 for float64 leaves), which can represent norms from about 1e-19
-      to 1e19. `optax.MultiSteps` would call ``grad_fn`` on every mini-step and use only
-      one result, so accumulate inside ``grad_fn`` instead.
+      to 1e19.
+
+      In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
+      and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
+      function for Flax NNX.
+
+      If a gradient is not finite, or its norm too large, the state stays as it was. The
+      update shows the non-finite entries. To skip such steps, wrap what follows:
+      ``optax.chain(barzilai_borwein_step(rate), optax.apply_if_finite(optax.sgd(rate),
+      5))``. Around the whole chain, `optax.apply_if_finite` would check only the first
+      gradient.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")
     check_in("nu", nu, "(0, inf)")
     check_in("min_scale", min_scale, "(0, inf)")
     check_ordered("min_scale", min_scale, "max_scale", max_scale)
+    check_in("max_scale", max_scale, "(0, inf)")
 
     def init_fn(params: optax.Params) -> BarzilaiBorweinStepState:
         check_whole_real_tree(_NAME, params)
         difference = jax.tree.map(
             lambda w: jnp.zeros_like(w, accumulator_dtype(w)), params
         )
+        dtype = scalar_dtype(params)
         return BarzilaiBorweinStepState(
             bb_count=jnp.zeros((), jnp.int32),
-            bb_step_size=jnp.ones((), jnp.float32),
-            bb_curvature=jnp.zeros((), jnp.float32),
-            bb_gradient_norm=jnp.zeros((), jnp.float32),
-            bb_half_gradient_norm=jnp.zeros((), jnp.float32),
+            bb_step_size=jnp.ones((), dtype),
+            bb_curvature=jnp.zeros((), dtype),
+            bb_gradient_norm=jnp.zeros((), dtype),
+            bb_half_gradient_norm=jnp.zeros((), dtype),
             bb_nonpositive_curvature_count=jnp.zeros((), jnp.int32),
             bb_min_scale_count=jnp.zeros((), jnp.int32),
             bb_max_scale_count=jnp.zeros((), jnp.int32),
@@ -152,7 +174,7 @@ def barzilai_borwein_step(
         **extra_args: Any,
     ) -> tuple[optax.Updates, BarzilaiBorweinStepState]:
         del extra_args
-        params, grad_fn = check_call(_NAME, params, grad_fn)
+        params, grad_fn = check_call(_NAME, updates, params, grad_fn)
         dtype = accumulator_dtype(updates, params)
         low, high = jnp.asarray(min_scale, dtype), jnp.asarray(max_scale, dtype)
         decay = jnp.asarray(beta, dtype)
@@ -176,19 +198,19 @@ def barzilai_borwein_step(
         correction = 1 - decay ** count.astype(dtype)
         # The half step is -half_rate * g. So neither the half step nor the corrected
         # average has to be stored as a tree.
-        product = sum_over(dtype, jnp.multiply, difference, updates)
+        product, *squares = sums_over(dtype, _products, difference, updates, second)
+        gradient_norm, half_gradient_norm = map(jnp.sqrt, squares)
         curvature = -half_rate * product / correction
-        gradient_norm = norm(dtype, updates)
-        # With `<=` instead of `not >`, a NaN curvature stays visible in the factor.
         nonpositive = curvature <= 0
         ratio = (half_rate * gradient_norm) ** 2 / jnp.where(nonpositive, 1, curvature)
         raw = jnp.where(nonpositive, jnp.asarray(nu, dtype), ratio)
+        kept = state.bb_step_size.dtype
         new_state = BarzilaiBorweinStepState(
             bb_count=count,
-            bb_step_size=jnp.clip(raw, low, high).astype(jnp.float32),
-            bb_curvature=curvature.astype(jnp.float32),
-            bb_gradient_norm=gradient_norm.astype(jnp.float32),
-            bb_half_gradient_norm=norm(dtype, second).astype(jnp.float32),
+            bb_step_size=jnp.clip(raw, low, high).astype(kept),
+            bb_curvature=curvature.astype(kept),
+            bb_gradient_norm=gradient_norm.astype(kept),
+            bb_half_gradient_norm=half_gradient_norm.astype(kept),
             bb_nonpositive_curvature_count=count_if(
                 state.bb_nonpositive_curvature_count, nonpositive
             ),
@@ -197,6 +219,14 @@ def barzilai_borwein_step(
             bb_difference=difference,
         )
         updates = map_in(dtype, lambda g, h: scale * (g + h), updates, second)
-        return updates, new_state
+        # These are finite only if all entries of both gradients and the average are.
+        is_finite = jnp.isfinite(gradient_norm + half_gradient_norm + curvature)
+        return updates, keep_if(is_finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _products(
+    difference: jax.Array, g: jax.Array, h: jax.Array
+) -> tuple[jax.Array, ...]:
+    return difference * g, jnp.square(g), jnp.square(h)

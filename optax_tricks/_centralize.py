@@ -1,5 +1,6 @@
 """Gradient Centralization: subtracts the mean from each output unit's gradient."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -11,35 +12,49 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from optax_tricks._numerics import accumulator_dtype
+from optax_tricks._validation import check_leaves, show_leaf
 
 Axes: TypeAlias = tuple[int, ...]
 Path: TypeAlias = tuple[Any, ...]
-AxesTree: TypeAlias = Any  # a tree with an `Axes` for every leaf of the gradient
+# A tree with an `Axes`, a layout or None for every leaf of the gradient.
+AxesTree: TypeAlias = Any
+
+# The place of the output axis in a kernel with n dimensions, by the kernel's layout.
+_OUTPUT_AXES: dict[str, Callable[[int], int]] = {
+    "...io": lambda n: n - 1,
+    "oi...": lambda n: 0,
+    "io...": lambda n: 1,
+    "...oi": lambda n: n - 2,
+}
 
 
 def centralize(
-    reduction_axes: Axes | AxesTree | Callable[[optax.Updates], Any] | None = None,
+    reduction_axes: (
+        str | Axes | AxesTree | Callable[[optax.Updates], Any] | None
+    ) = None,
     *,
     conv_only: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts its mean from the weight gradient of each output unit.
 
     The updates must still be multiplied by a learning rate. For the gradient
-    :math:`g_i` of the :math:`M` weights that feed output unit :math:`i`,
+    $g_i$ of the $M$ weights that feed output unit $i$,
 
-    .. math::
-      g_i \mapsto g_i - \tfrac{1}{M} \mathbf{1}\mathbf{1}^\top g_i ,
+    $$
+    g_i \mapsto g_i - \tfrac{1}{M} e e^\top g_i ,
+    $$
 
-    which is a projection. It needs one reduction and no state. The mean is taken over
-    the axes of the weights that feed a unit. In Flax and Haiku, kernels have the shape
-    (..., in, out), so these are all axes but the last. Without ``reduction_axes``:
+    with $e$ the vector of ones. This is a projection. It needs one reduction and no
+    state. The mean is taken over the axes of the weights that feed a unit. In Flax and
+    Haiku, kernels have the shape (..., in, out), so these are all axes but the last.
+    Without ``reduction_axes``:
 
     * In a ``kernel`` of Conv (plain, grouped or depthwise), ConvTranspose, Linear or
       the attention output, the mean is over all axes but the last.
     * In a three-dimensional ``kernel`` under ``query``, ``key`` or ``value``, which has
       the shape (in, heads, head_dim), the mean is over axis 0.
-    * A ``bias``, a ``scale``, a leaf with ``embed`` in its name and a leaf with fewer
-      than two dimensions are not changed.
+    * A ``bias``, a ``scale``, a leaf with ``embed`` in its own name and a leaf with
+      fewer than two dimensions are not changed.
     * In any other leaf, the mean is over all axes but the last.
     * A leaf with a single entry along the axes (a Linear layer with one input, a class
       token) is not changed, even if the axes are given. Its gradient would be zero, and
@@ -48,10 +63,23 @@ def centralize(
     These rules are wrong for some layers that names and shapes cannot identify:
     LinearGeneral with several output axes (the mean is also over its output axes but
     the last), Einsum, a one-dimensional Conv named query, key or value, ConvTranspose
-    with ``transpose_kernel=True`` (in and out are swapped: give ``(0, 1, 3)``), and
+    with ``transpose_kernel=True`` (in and out are swapped: give ``"...oi"``), and
     layers stacked along a leading axis by scan or vmap. Give the axes for those, as in
-    the second example. The layout (out, in, ...) of PyTorch and Equinox needs
-    ``(1, ..., ndim - 1)`` for every weight.
+    the second example.
+
+    The rules are for Flax and Haiku. For other libraries name the layout of all
+    kernels. In a name, ``o`` is the axis of output units, ``i`` the axis of inputs, and
+    ``...`` stands for any number of spatial axes:
+
+    | layout | mean over | kernels |
+    | --- | --- | --- |
+    | `...io` | all axes but the last | Flax (Linen and NNX), Haiku, Keras |
+    | `oi...` | all but the first | PyTorch, Equinox, also its transposed ones |
+    | `io...` | all but the second | transposed ones of PyTorch, without groups |
+    | `...oi` | all but the second to last | Flax, with `transpose_kernel=True` |
+
+    PyTorch and Equinox call the array of an embedding ``weight``, as that of a linear
+    layer, so give ``()`` for it.
 
     The place in the chain matters. L2 regularization belongs before this transform
     (``add_decayed_weights``), and decoupled weight decay after it. Before Adam, this
@@ -59,12 +87,15 @@ def centralize(
     centralizes the direction, as in the authors' later code.
 
     Args:
-      reduction_axes: None for the rules above; or one tuple of axes for all leaves
-        except those that the rules do not change because of their name or their number
-        of dimensions; or a tree, or a prefix of one, in which each entry is a tuple of
-        axes, ``()`` for a leaf that is not changed, or None for the rules above; or a
-        function that maps the gradient to one of these. Entries of a tree that match no
-        leaf are ignored, so that the tree can be used under `optax.masked`.
+      reduction_axes: None for the rules above; or one layout or tuple of axes for all
+        leaves except those that the rules do not change because of their name or their
+        number of dimensions; or a tree, or a prefix of one, in which each entry is a
+        layout, a tuple of axes, ``()`` for a leaf that is not changed, or None for the
+        rules above; or a function that maps the gradient to one of these. Entries of a
+        tree that match no leaf are ignored, so that the tree can be used under
+        `optax.masked`. A tree may be of a class with ``__call__``, such as an Equinox
+        module. In `optax.inject_hyperparams`, a function needs
+        ``static_args=("reduction_axes",)``, or it is called as a schedule.
       conv_only: change only leaves with more than three dimensions, which are the
         kernels of convolutions over two or more dimensions. The paper does this on
         CIFAR-100.
@@ -74,8 +105,9 @@ def centralize(
       keep their shape and dtype. Complex leaves are supported.
 
     Raises:
-      ValueError: on update, if ``reduction_axes`` do not fit a leaf or have no entry
-        for it.
+      ValueError: if ``reduction_axes`` is no layout, or ``()``; on update, if
+        ``reduction_axes`` do not fit a leaf or have no entry for it, or if a leaf is
+        neither floating-point nor complex.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -95,11 +127,27 @@ def centralize(
       >>> print(jnp.abs(updates["up"]["kernel"]).max(), updates["up"]["bias"])
       0.0 [1. 1. 1. 1.]
 
+      Name the layout of an Equinox or PyTorch network:
+
+      >>> tx = optax_tricks.centralize("oi...")
+      >>> grads = {"weight": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(2)}
+      >>> updates, _ = tx.update(grads, optax.EmptyState())
+      >>> print(updates["weight"][0], updates["bias"])
+      [-1.  0.  1.] [1. 1.]
+
     References:
-      H. Yong, J. Huang, X. Hua, L. Zhang, `Gradient Centralization: A New
-      Optimization Technique for Deep Neural Networks
-      <https://arxiv.org/abs/2004.01461>`_, 2020
+      H. Yong, J. Huang, X. Hua, L. Zhang, [Gradient Centralization: A New
+      Optimization Technique for Deep Neural
+      Networks](https://arxiv.org/abs/2004.01461), 2020
     """
+    if isinstance(reduction_axes, str):
+        _output_axis(reduction_axes, 2)
+    elif isinstance(reduction_axes, tuple) and not reduction_axes:
+        raise ValueError(
+            "centralize: reduction_axes=() would change no leaf. If a function in "
+            "optax.inject_hyperparams returned it, which calls functions as schedules, "
+            'add static_args=("reduction_axes",).'
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -108,6 +156,7 @@ def centralize(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra_args
+        check_leaves("centralize", updates)
         axes = _axes_per_leaf(reduction_axes, updates, conv_only)
         leaves, treedef = jax.tree.flatten(updates)
         centered = map(_subtract_mean, leaves, axes)
@@ -120,7 +169,7 @@ def _axes_per_leaf(
     reduction_axes: Any, updates: optax.Updates, conv_only: bool
 ) -> list[Axes]:
     """Returns the reduction axes of each leaf in flattening order, () for none."""
-    if callable(reduction_axes):
+    if _is_function(reduction_axes, updates):
         reduction_axes = reduction_axes(updates)
     paths_and_leaves = jax.tree.leaves_with_path(updates)
     if reduction_axes is not None and _is_axes(reduction_axes):
@@ -137,11 +186,14 @@ def _axes_per_leaf(
     ]
 
 
-def _axes(given: Axes | None, path: Path, leaf: jax.Array) -> Axes:
-    if given is not None:
+def _axes(given: Axes | str | None, path: Path, leaf: jax.Array) -> Axes:
+    if given is not None and not isinstance(given, str):
         axes = _checked(given, path, leaf)
     elif _is_left_alone(path, leaf):
         axes = ()
+    elif given is not None:
+        output = _output_axis(given, jnp.ndim(leaf))
+        axes = tuple(axis for axis in range(jnp.ndim(leaf)) if axis != output)
     else:
         attention = jnp.ndim(leaf) == 3 and (
             _names(path) in [(name, "kernel") for name in ("query", "key", "value")]
@@ -168,10 +220,36 @@ def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
+def _is_function(reduction_axes: Any, updates: optax.Updates) -> bool:
+    """Tells a function from a tree, whose class may have `__call__` too."""
+    if isinstance(reduction_axes, functools.partial):  # also jax.tree_util.Partial
+        return True
+    # Equinox's jitted functions are trees too, with a name in them.
+    entries = [
+        entry
+        for entry in jax.tree.leaves(reduction_axes, is_leaf=_is_axes)
+        if isinstance(entry, str | tuple)
+    ]
+    is_tree = type(reduction_axes) is type(updates) or any(
+        entry in _OUTPUT_AXES or isinstance(entry, tuple) for entry in entries
+    )
+    return callable(reduction_axes) and not is_tree
+
+
 def _is_axes(node: Any) -> bool:
     return node is None or (
         isinstance(node, tuple) and all(isinstance(x, numbers.Integral) for x in node)
     )
+
+
+def _output_axis(layout: str, ndim: int) -> int:
+    if layout not in _OUTPUT_AXES:
+        known = ", ".join(map(repr, _OUTPUT_AXES))
+        raise ValueError(
+            f"centralize: reduction_axes must be one of the layouts {known}, or axes; "
+            f"got {layout!r}. Flax has '...io', PyTorch and Equinox have 'oi...'."
+        )
+    return _OUTPUT_AXES[layout](ndim)
 
 
 def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
@@ -180,14 +258,9 @@ def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
         if path[:length] in entries:
             return entries[path[:length]]
     raise ValueError(
-        f"centralize: reduction_axes have no entry for leaf {_show(path, leaf)}. "
+        f"centralize: reduction_axes have no entry for leaf {show_leaf(path, leaf)}. "
         "Give a tuple of axes, () to leave it unchanged, or None for the rules."
     )
-
-
-def _show(path: Path, leaf: jax.Array) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return f"'{name}' of shape {jnp.shape(leaf)}"
 
 
 def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
@@ -195,9 +268,9 @@ def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
     valid = _is_axes(axes) and all(-n <= axis < n for axis in axes)
     if not valid or len({axis % n for axis in axes}) < len(axes):
         raise ValueError(
-            f"centralize: reduction_axes {axes} do not fit leaf {_show(path, leaf)}. "
-            f"Give a tuple of distinct axes from {-n} to {n - 1}, or () to leave it "
-            "unchanged."
+            f"centralize: reduction_axes {axes} do not fit leaf "
+            f"{show_leaf(path, leaf)}. Give a tuple of distinct axes from {-n} to "
+            f"{n - 1}, or () to leave it unchanged."
         )
     return tuple(axes)
 

@@ -3,6 +3,7 @@
 import optax
 from jax.typing import ArrayLike
 
+from optax_tricks._numerics import hold_state
 from optax_tricks._perturbed_unit_step import perturbed_unit_step
 from optax_tricks._validation import check_in
 
@@ -16,10 +17,11 @@ def pugd(
     r"""SGD with momentum on the unit directions of `perturbed_unit_step`.
 
     The updates are descent steps: add them to the parameters. With the unit direction
-    :math:`U_k` of `perturbed_unit_step`,
+    $U_k$ of `perturbed_unit_step`,
 
-    .. math::
-      m_k = \mu m_{k-1} + U_k + \lambda w_k, \quad w_{k+1} = w_k - \eta_k m_k .
+    $$
+    m_k = \mu m_{k-1} + U_k + \lambda w_k, \quad w_{k+1} = w_k - \eta_k m_k .
+    $$
 
     Args:
       learning_rate: a number or a schedule, at least 0. The authors use 0.1 with a
@@ -51,21 +53,32 @@ def pugd(
       [3. 3.]
 
     References:
-      C.-H. Tseng, L.-H. Cheng, S.-J. Lee, X. Zeng, `Perturbated Gradients Updating
-      within Unit Space for Deep Learning <https://arxiv.org/abs/2110.00199>`_, 2022
+      C.-H. Tseng, L.-H. Cheng, S.-J. Lee, X. Zeng, [Perturbated Gradients Updating
+      within Unit Space for Deep Learning](https://arxiv.org/abs/2110.00199), 2022
 
-    .. note::
+    Note:
       An update costs two gradients. Compare it with other optimizers per gradient
       evaluation and per second too, not only per epoch. The steps do not shrink near a
       minimum, so use a learning rate that decays. As in `optax.sgd`, a float32
       array for a hyperparameter widens bfloat16 leaves; a Python number does not.
+
+      In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
+      and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
+      function for Flax NNX.
+
+      If a gradient is not finite, the update is not finite either, but the state stays
+      as it was, momentum included. To skip such steps, add a check: ``optax.chain(
+      pugd(0.1), optax.apply_if_finite(optax.identity(), 5))``. Around the whole chain,
+      `optax.apply_if_finite` would check only the first gradient.
     """
     check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("momentum", momentum, "[0, 1)")
     check_in("weight_decay", weight_decay, "[0, inf)")
-    return optax.chain(
-        perturbed_unit_step(),
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(momentum),
-        optax.scale_by_learning_rate(learning_rate),
+    return hold_state(
+        optax.chain(
+            perturbed_unit_step(),
+            optax.add_decayed_weights(weight_decay),
+            optax.trace(momentum),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )

@@ -1,5 +1,6 @@
 """Random Gradient: one random factor per step for the whole gradient."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_tricks._numerics import accumulator_dtype, map_in
-from optax_tricks._validation import check_in, check_ordered
+from optax_tricks._numerics import accumulator_dtype, map_in, scalar_dtype
+from optax_tricks._validation import check_in, check_leaves, check_ordered
 
 
 class ScaleByRandomState(NamedTuple):
@@ -16,8 +17,9 @@ class ScaleByRandomState(NamedTuple):
 
     Attributes:
       random_key: typed PRNG key of shape (), split once per step.
-      random_factor: float32 of shape (), the factor of the latest update. It is 1
-        before the first update and in steps that are not scaled.
+      random_factor: float of shape (), the factor of the latest update. It is 1 before
+        the first update and in steps that are not scaled. It is float32, or float64 if
+        a leaf of the parameters is float64 or complex128.
     """
 
     random_key: jax.Array
@@ -34,12 +36,13 @@ def scale_by_random(
     r"""Multiplies the whole gradient by one random factor per step.
 
     The updates must still be multiplied by a learning rate. With
-    :math:`u_k \sim \mathcal{U}(\text{minval}, \text{maxval})` drawn once per step,
+    $u_k \sim \mathcal{U}(\text{minval}, \text{maxval})$ drawn once per step,
 
-    .. math::
-      g_k \mapsto u_k \, g_k ,
+    $$
+    g_k \mapsto u_k \, g_k ,
+    $$
 
-    which is the gradient of the loss multiplied by :math:`u_k`. Learning rate and
+    which is the gradient of the loss multiplied by $u_k$. Learning rate and
     weight decay are not scaled if this transform precedes them in the chain.
 
     Args:
@@ -55,9 +58,10 @@ def scale_by_random(
       leaves are multiplied by the same factor and keep their dtype.
 
     Raises:
-      ValueError: if ``minval > maxval`` or one of them is not finite, or if
-        ``probability`` is outside [0, 1]; on init, if ``key`` is an array of several
-        keys.
+      ValueError: if ``minval > maxval``, if one of them or their difference is not
+        finite in float32, or if ``probability`` is outside [0, 1]; on init, if ``key``
+        is an array of several keys; on update, if a leaf is neither floating-point nor
+        complex.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -70,10 +74,10 @@ def scale_by_random(
       True
 
     References:
-      J. Wei, `Fast, Better Training Trick: Random Gradient
-      <https://arxiv.org/abs/1808.04293>`_, 2018
+      J. Wei, [Fast, Better Training Trick: Random
+      Gradient](https://arxiv.org/abs/1808.04293), 2018
 
-    .. note::
+    Note:
       The paper proposes a cyclical factor as future work. Use
       ``optax.scale_by_schedule(triangular_schedule(0.0, 1.0, half_period))`` for it.
       A scale-invariant transform after this one (Adam, `perturbed_unit_step`) undoes
@@ -82,12 +86,13 @@ def scale_by_random(
     check_ordered("minval", minval, "maxval", maxval)
     check_in("minval", minval, "(-inf, inf)")
     check_in("maxval", maxval, "(-inf, inf)")
+    if isinstance(minval, numbers.Real) and isinstance(maxval, numbers.Real):
+        check_in("maxval - minval", float(maxval) - float(minval), "[0, inf)")
     check_in("probability", probability, "[0, 1]")
 
     def init_fn(params: optax.Params) -> ScaleByRandomState:
-        del params
         return ScaleByRandomState(
-            random_key=_own_key(key), random_factor=jnp.ones((), jnp.float32)
+            random_key=_own_key(key), random_factor=jnp.ones((), scalar_dtype(params))
         )
 
     def update_fn(
@@ -97,16 +102,18 @@ def scale_by_random(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByRandomState]:
         del params, extra_args
+        check_leaves("scale_by_random", updates)
+        dtype = state.random_factor.dtype
         next_key, factor_key, choice_key = jax.random.split(state.random_key, 3)
-        low, high = jnp.float32(minval), jnp.float32(maxval)
-        factor = low + (high - low) * jax.random.uniform(factor_key, (), jnp.float32)
+        low, high = jnp.asarray(minval, dtype), jnp.asarray(maxval, dtype)
+        factor = low + (high - low) * jax.random.uniform(factor_key, (), dtype)
         # Rounding can give maxval itself.
         factor = jnp.minimum(factor, jnp.nextafter(high, low))
         scaled = jax.random.uniform(choice_key, (), jnp.float32) < probability
-        factor = jnp.where(scaled, factor, jnp.float32(1.0))
+        factor = jnp.where(scaled, factor, jnp.ones((), dtype))
 
-        dtype = accumulator_dtype(updates)
-        updates = map_in(dtype, lambda g: g * factor.astype(dtype), updates)
+        wide = accumulator_dtype(updates)
+        updates = map_in(wide, lambda g: g * factor.astype(wide), updates)
         return updates, ScaleByRandomState(next_key, factor)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

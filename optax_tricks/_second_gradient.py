@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_tricks._validation import check_leaves
+
 GradFn: TypeAlias = Callable[[optax.Params, int], optax.Updates]
 
 
 def check_whole_real_tree(name: str, params: optax.Params) -> None:
-    """Raises ValueError for masked or complex leaves, which grad_fn cannot take."""
+    """Raises ValueError for leaves that are masked, complex or not floating-point."""
     for leaf in jax.tree.leaves(params, is_leaf=_is_masked):
         if _is_masked(leaf):
             raise ValueError(
@@ -21,6 +23,8 @@ def check_whole_real_tree(name: str, params: optax.Params) -> None:
                 f"optax.chain({name}(...), optax.partition(...)). To exclude frozen "
                 "parameters, differentiate with respect to the trained ones only."
             )
+    check_leaves(name, params)
+    for leaf in jax.tree.leaves(params):
         if jnp.iscomplexobj(leaf):
             raise ValueError(
                 f"{name} is defined for real parameters, but got a leaf of dtype "
@@ -30,7 +34,10 @@ def check_whole_real_tree(name: str, params: optax.Params) -> None:
 
 
 def check_call(
-    name: str, params: optax.Params | None, grad_fn: GradFn | None
+    name: str,
+    updates: optax.Updates,
+    params: optax.Params | None,
+    grad_fn: GradFn | None,
 ) -> tuple[optax.Params, GradFn]:
     """Returns params and grad_fn, or raises ValueError with the call to write."""
     if params is None or grad_fn is None:
@@ -39,8 +46,10 @@ def check_call(
             f"{name} evaluates a second gradient on the same mini-batch and got no "
             f"{missing}. Call update(grads, state, params, grad_fn=grad_fn) with, for "
             "example, grad_fn = lambda params, step: jax.grad(loss)(params, batch)."
+            " For Flax NNX, optax_tricks.nnx.batch_gradients makes a grad_fn."
         )
     check_whole_real_tree(name, params)
+    check_leaves(name, updates)
     return params, grad_fn
 
 

@@ -6,6 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_tricks._barzilai_borwein_step import barzilai_borwein_step
+from optax_tricks._numerics import hold_state
 from optax_tricks._validation import check_in
 
 
@@ -23,7 +24,7 @@ def step_tuned_sgd(
     The updates are descent steps: add them to the parameters. This is
     `barzilai_borwein_step`, which describes the algorithm, followed by a learning rate
     that decays as in the Robbins-Monro algorithm,
-    :math:`a_k = \alpha / (k + 1)^{1/2 + \delta}`.
+    $a_k = \alpha / (k + 1)^{1/2 + \delta}$.
 
     Args:
       learning_rate: the number alpha, at least 0. To replace the published decay by a
@@ -58,12 +59,21 @@ def step_tuned_sgd(
       [ 0.707 -0.707]
 
     References:
-      C. Castera, J. Bolte, C. Févotte, E. Pauwels, `Second-Order Step-Size Tuning of
-      SGD for Non-Convex Optimization <https://arxiv.org/abs/2103.03570>`_, 2022
+      C. Castera, J. Bolte, C. Févotte, E. Pauwels, [Second-Order Step-Size Tuning of
+      SGD for Non-Convex Optimization](https://arxiv.org/abs/2103.03570), 2022
 
-    .. note::
+    Note:
       An update costs two gradients. Compare it with other optimizers per gradient
       evaluation and per second too, not only per epoch.
+
+      In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
+      and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
+      function for Flax NNX.
+
+      If a gradient is not finite, the update is not finite either, but the state stays
+      as it was. To skip such steps, add a check: ``optax.chain(step_tuned_sgd(0.1),
+      optax.apply_if_finite(optax.identity(), 5))``. Around the whole chain,
+      `optax.apply_if_finite` would check only the first gradient.
     """
     if callable(learning_rate):
         raise ValueError(
@@ -78,9 +88,11 @@ def step_tuned_sgd(
         steps = jnp.asarray(count).astype(jnp.result_type(float)) + 1
         return jnp.asarray(learning_rate * steps ** -(0.5 + delta))
 
-    return optax.chain(
-        barzilai_borwein_step(
-            schedule, beta=beta, nu=nu, min_scale=min_scale, max_scale=max_scale
-        ),
-        optax.scale_by_learning_rate(schedule),
+    return hold_state(
+        optax.chain(
+            barzilai_borwein_step(
+                schedule, beta=beta, nu=nu, min_scale=min_scale, max_scale=max_scale
+            ),
+            optax.scale_by_learning_rate(schedule),
+        )
     )

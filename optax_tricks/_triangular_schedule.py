@@ -13,21 +13,23 @@ def triangular_schedule(
 ) -> optax.Schedule:
     r"""Rises linearly from `low` to `high`, falls back, and repeats.
 
-    With :math:`p = (k \bmod 2h) / h` for the step count :math:`k` and the half period
-    :math:`h`, the value is :math:`\text{low} + (\text{high} - \text{low})
-    (1 - |1 - p|)`.
+    With $p = (k \bmod 2h) / h$ for the step count $k$ and the half period
+    $h$, the value is $\text{low} + (\text{high} - \text{low})
+    (1 - |1 - p|)$.
 
     Args:
       low: value at count 0 and at every multiple of twice the half period.
       high: value at odd multiples of the half period.
-      half_period: number of steps from `low` to `high`, above 0. It need not be whole.
+      half_period: number of steps from `low` to `high`, above 0 and at most 1e9. It
+        need not be whole.
 
     Returns:
       An `optax.Schedule`: a function from step counts (int, any shape) to floats of the
       same shape.
 
     Raises:
-      ValueError: if ``low > high`` or ``half_period`` is not above 0.
+      ValueError: if ``low > high``, if one of them is not finite in float32, or if
+        ``half_period`` is out of its range.
 
     Examples:
       >>> import optax_tricks
@@ -42,11 +44,13 @@ def triangular_schedule(
       >>> tx = optax.chain(optax.scale_by_schedule(wave), optax.sgd(0.1))
 
     References:
-      L. N. Smith, `Cyclical Learning Rates for Training Neural Networks
-      <https://arxiv.org/abs/1506.01186>`_, 2015
+      L. N. Smith, [Cyclical Learning Rates for Training Neural
+      Networks](https://arxiv.org/abs/1506.01186), 2015
     """
     check_ordered("low", low, "high", high)
-    check_in("half_period", half_period, "(0, inf)")
+    check_in("low", low, "(-inf, inf)")
+    check_in("high", high, "(-inf, inf)")
+    check_in("half_period", half_period, "(0, 1e9]")
 
     def schedule(count: ArrayLike) -> jax.Array:
         # Take the modulus first, in the given dtype, so that integer counts are exact.

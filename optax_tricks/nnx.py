@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_tricks._second_gradient import GradFn
@@ -32,14 +33,15 @@ except ImportError as error:
 __all__ = ["BatchGradients", "batch_gradients", "split"]
 
 Tree: TypeAlias = Any  # a tree of arrays
-LossFn: TypeAlias = Callable[[Any, Tree], tuple[jax.Array, Tree]]
+Loss: TypeAlias = jax.Array | tuple[jax.Array, jax.Array]  # a mean, or (sum, count)
+LossFn: TypeAlias = Callable[[Any, Tree], tuple[Loss, Tree]]
 
 
 class BatchGradients(NamedTuple):
     """The loss and gradients of one mini-batch.
 
     Attributes:
-      loss: the loss, of shape ().
+      loss: the mean loss of the batch, of shape ().
       aux: the auxiliary output of the loss function.
       grads: the gradient, a tree with the structure, shapes and dtypes of the
         parameters.
@@ -100,16 +102,18 @@ def batch_gradients(
 
     With ``grad_accum_steps`` above 1 the batch is cut into that many parts of equal
     size, which are evaluated one after the other with the memory of one part. The loss
-    and both gradients are means over the parts, and ``aux`` is the sum over the parts.
-    BatchNorm normalizes each part by itself, and its running statistics move with each
-    part.
+    and both gradients are those of the whole batch, and ``aux`` is the sum over the
+    parts. Gradients are added up in at least float32. BatchNorm normalizes each part by
+    itself, and its running statistics move with each part.
 
     Args:
-      loss_fn: a function (model, batch) -> (loss, aux). The loss has shape (), and
-        ``aux`` is any tree of arrays or None. Part sizes are equal, so a loss that is a
-        mean over all examples of its batch is the same for any ``grad_accum_steps``. A
-        mean over a number of valid examples or pixels that differs between parts is
-        not.
+      loss_fn: a function (model, batch) -> (loss, aux). ``aux`` is any tree of arrays
+        or None. The loss is either a mean over the examples of its batch, of shape (),
+        or a pair (sum, count) of such arrays, whose ratio is minimized. Return a pair
+        if the number of items differs between parts, as the number of labeled pixels
+        or of unmasked tokens does: the sums of all parts are divided by their total
+        count. The count, which may also be a sum of weights, is not differentiated. A
+        batch with a count of 0 has a loss of 0.
       graphdef: the graph definition of the model, from `split`.
       params: the parameters, from `split`; an `nnx.State` works as well.
       model_state: all other state, from `split`; an `nnx.State` works as well.
@@ -145,40 +149,46 @@ def batch_gradients(
             f"grad_accum_steps must be at least 1, got {grad_accum_steps}."
         )
 
-    def loss_and_state(
+    def mean_loss(
         params: Tree, model_state: Tree, batch: Tree
-    ) -> tuple[jax.Array, tuple[Tree, Tree]]:
+    ) -> tuple[jax.Array, tuple[jax.Array, Tree, Tree]]:
         # Without the copy, an nnx.State could not be written to under differentiation.
         model = nnx.merge(graphdef, params, model_state, copy=True)
-        loss, aux = loss_fn(model, batch)
+        loss, aux = _pair(loss_fn(model, batch))
+        mean, count = _mean_and_count(loss)
         state: Tree = nnx.state(model, nnx.Not(nnx.Param))
         if not isinstance(model_state, nnx.State):
             state = nnx.to_pure_dict(state)
-        return loss, (aux, state)
+        return mean, (count, aux, state)
 
-    value_and_grad = jax.value_and_grad(loss_and_state, has_aux=True)
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
 
     def evaluate(params: Tree) -> tuple[tuple[jax.Array, Tree, Tree], Tree]:
         """Returns (loss, aux, gradients) and the model state after the forward pass."""
         if grad_accum_steps == 1:
-            (loss, (aux, state)), grads = value_and_grad(params, model_state, batch)
+            (loss, (_, aux, state)), grads = value_and_grad(params, model_state, batch)
             return (loss, aux, grads), state
+
+        def sums(state: Tree, part: Tree) -> tuple[tuple[Tree, ...], Tree]:
+            (loss, (count, aux, state)), grads = value_and_grad(params, state, part)
+            loss, grads = optax.tree.scale(count, (loss, grads))
+            return (loss, count, aux, grads), state
 
         def add(carry: tuple[Tree, Tree], part: Tree) -> tuple[tuple[Tree, Tree], None]:
             totals, state = carry
-            (loss, (aux, state)), grads = value_and_grad(params, state, part)
-            return (optax.tree.add(totals, (loss, aux, grads)), state), None
+            found, state = sums(state, part)
+            return (optax.tree.add(totals, found), state), None
 
         parts = jax.tree.map(lambda x: _cut(x, grad_accum_steps), batch)
-        shapes = jax.eval_shape(
-            value_and_grad, params, model_state, jax.tree.map(lambda x: x[0], parts)
+        shapes, _ = jax.eval_shape(
+            sums, model_state, jax.tree.map(lambda x: x[0], parts)
         )
-        (loss, (aux, _)), grads = optax.tree.zeros_like(shapes)
-        ((loss, aux, grads), state), _ = jax.lax.scan(
-            add, ((loss, aux, grads), model_state), parts
-        )
-        mean = optax.tree.scale(1 / grad_accum_steps, (loss, grads))
-        return (mean[0], aux, mean[1]), state
+        zeros = optax.tree.zeros_like(shapes)
+        (totals, state), _ = jax.lax.scan(add, (zeros, model_state), parts)
+        loss, count, aux, grads = totals
+        loss, grads = jax.tree.map(lambda x: x / _nonzero(count), (loss, grads))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return (loss, aux, grads), state
 
     def grad_fn(params: Tree, step: Any) -> Tree:
         del step  # Every gradient of a step is taken on the same mini-batch.
@@ -187,6 +197,31 @@ def batch_gradients(
 
     (loss, aux, grads), new_state = evaluate(params)
     return BatchGradients(loss, aux, grads, new_state, grad_fn)
+
+
+def _pair(result: Any) -> tuple[Loss, Tree]:
+    """Returns what a loss function returned, if it is a pair."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        found = f"{len(result)} values" if isinstance(result, tuple) else "one value"
+        raise ValueError(
+            f"loss_fn must return a pair (loss, aux), got {found}. Return None as aux "
+            "if there is nothing else to return."
+        )
+    return result
+
+
+def _mean_and_count(loss: Loss) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean loss and its count; that of a plain mean is 1."""
+    if not isinstance(loss, tuple):
+        return loss, jnp.ones((), jnp.promote_types(loss.dtype, jnp.float32))
+    total, count = loss
+    dtype = jnp.promote_types(total.dtype, jnp.float32)
+    count = jax.lax.stop_gradient(jnp.asarray(count, dtype))
+    return total / _nonzero(count), count
+
+
+def _nonzero(count: jax.Array) -> jax.Array:
+    return jnp.where(count > 0, count, 1)
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

@@ -22,9 +22,11 @@ from tests.optax_tricks.table import (
 
 def test_the_table_has_every_transform() -> None:
     public = {getattr(optax_tricks, name) for name in optax_tricks.__all__}
-    # States are types, and a schedule is a plain function.
+    # States are types, and three are plain functions.
     other = {x for x in public if isinstance(x, type)} | {
-        optax_tricks.triangular_schedule
+        optax_tricks.global_norms,
+        optax_tricks.logged_scalars,
+        optax_tricks.triangular_schedule,
     }
     assert {row.factory for row in ROWS} == public - other
 

@@ -458,7 +458,6 @@ MISFITS = {
     "twice": (0, 0),
     "twice-by-another-name": (3, -1),
     "no-tuple": 0,
-    "text": "01",
 }
 
 

@@ -15,6 +15,7 @@ from tests.optax_tricks.table import (
     GRADS,
     PARAMS,
     ROWS,
+    SINGLE,
     STATES,
     SWEEPS,
     Row,
@@ -28,7 +29,7 @@ from tests.optax_tricks.table import (
 )
 
 
-def assert_as_documented(state: Any) -> None:
+def assert_as_documented(state: Any, scalars: Any) -> None:
     """Checks the fields of states and their dtypes against the docstrings."""
     for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, STATES)):
         if isinstance(node, STATES):
@@ -41,6 +42,8 @@ def assert_as_documented(state: Any) -> None:
                         assert is_key(leaf)
                     elif kind == "the":  # a tree like the parameters
                         assert jnp.finfo(leaf.dtype).bits >= 32
+                    elif kind == "float":
+                        assert (leaf.dtype, leaf.shape) == (scalars, ())
                     else:
                         assert (leaf.dtype, leaf.shape) == (kind, ())
 
@@ -53,7 +56,11 @@ def assert_types_are_kept(row: Row, params: Any, grads: Any) -> None:
     # A ShapeDtypeStruct compares shape, dtype, weak type and sharding.
     assert updates == jax.eval_shape(lambda: grads)
     assert after == state
-    assert_as_documented(after)
+    dtypes = [w.dtype for w in jax.tree.leaves(params)]
+    scalars = (
+        "float64" if {"float64", "complex128"} & set(map(str, dtypes)) else "float32"
+    )
+    assert_as_documented(after, scalars)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
@@ -62,6 +69,42 @@ def test_dtypes_are_kept(row: Row, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         params = make_params(0, dtype)
         assert_types_are_kept(row, params, grad_fn(params, 0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@every_row
+def test_scalars_are_float64_if_one_leaf_is(row: Row, dtype: str) -> None:
+    with jax.enable_x64(True):
+        params = {**make_params(0, dtype), "wide": jnp.ones((2, 3))}
+        assert_types_are_kept(row, params, grad_fn(params, 0))
+
+
+@parametrize(SINGLE)
+def test_complex_dtypes_are_kept(row: Row) -> None:
+    for dtype in ("complex64", "complex128"):
+        with jax.enable_x64(dtype == "complex128"):
+            params = make_params(0, dtype)
+            assert_types_are_kept(row, params, grad_fn(params, 0))
+
+
+def test_scalars_of_double_precision_are_exact_to_double_precision() -> None:
+    # The loss is quadratic, so the curvature is known.
+    with jax.enable_x64(True):
+        w = jnp.array([1 / 3, -2 / 7])
+        scale = jnp.array([1.7, 2.3])
+        gradient = lambda w, step: scale * w  # noqa: E731
+        bb = optax_tricks.barzilai_borwein_step(0.1, beta=0.0)
+        _, state = bb.update(gradient(w, 0), bb.init(w), w, grad_fn=gradient)
+        g = gradient(w, 0)
+        expected = 0.1 * jnp.sum(g**2) / jnp.sum(0.1 * scale * g**2)
+        assert abs(state.bb_step_size / jnp.clip(expected, 0.5, 2) - 1) < 1e-15
+        assert abs(state.bb_gradient_norm / jnp.linalg.norm(g) - 1) < 1e-15
+        unit = optax_tricks.perturbed_unit_step()
+        _, state = unit.update(g, unit.init(w), w, grad_fn=gradient)
+        assert abs(state.pugd_gradient_norm / jnp.linalg.norm(g) - 1) < 1e-15
+        random = optax_tricks.scale_by_random(0, minval=0.1, maxval=0.1)
+        _, state = random.update(g, random.init(w))
+        assert state.random_factor == 0.1
 
 
 @every_row

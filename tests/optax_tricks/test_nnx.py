@@ -182,6 +182,99 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(batch, grad_accum_st
     )
 
 
+def weighted_loss(model, batch):
+    """The loss as a pair, for examples that have weights."""
+    x, y, weights = batch
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
+    return ((losses * weights).sum(), weights.sum()), None
+
+
+WEIGHTS = {
+    "uneven": jnp.float32([1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1]),
+    "fractions": jnp.linspace(0.0, 0.3, 16),
+    "an empty part": jnp.arange(16) % 4,
+    "integers": jnp.arange(16),
+    "none": jnp.zeros(16),
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "grad_accum_steps", "dtype"),
+    [
+        *((weights, 4, "float32") for weights in WEIGHTS),
+        ("uneven", 1, "float32"),
+        ("uneven", 2, "float32"),
+        ("uneven", 4, "float16"),
+        ("uneven", 4, "bfloat16"),
+    ],
+)
+def test_sums_are_divided_by_the_count_of_the_whole_batch(
+    batch, weights, grad_accum_steps, dtype
+):
+    graphdef, params, model_state = split(Perceptron(nnx.Rngs(0)))
+    params = optax.tree.cast(params, dtype)
+    x, y = batch
+    weights = WEIGHTS[weights]
+
+    def expected(point):
+        """The gradient in float32, without parts."""
+
+        def mean(params):
+            model = nnx.merge(graphdef, params, model_state)
+            (total, count), _ = weighted_loss(model, (x, y, weights))
+            return total / jnp.maximum(count, 1e-9)
+
+        return jax.value_and_grad(mean)(optax.tree.cast(point, jnp.float32))
+
+    out = batch_gradients(
+        weighted_loss,
+        graphdef,
+        params,
+        model_state,
+        (x.astype(dtype), y, weights),
+        grad_accum_steps=grad_accum_steps,
+    )
+    tolerance = {"float32": 1e-6, "float16": 3e-3, "bfloat16": 3e-2}[dtype]
+    point = jax.tree.map(lambda w: w + 0.1, params)
+    for grads, where in ((out.grads, params), (out.grad_fn(point, 0), point)):
+        chex.assert_trees_all_equal_dtypes(grads, params)
+        _, right = expected(where)
+        chex.assert_trees_all_close(
+            optax.tree.cast(grads, jnp.float32), right, atol=tolerance
+        )
+    loss, _ = expected(params)
+    assert out.loss == pytest.approx(float(loss), abs=tolerance)
+
+
+def test_the_gradient_of_many_items_does_not_overflow(batch):
+    """The sum over all items is beyond float16, the mean is not."""
+    parts = split(nnx.Linear(3, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float16))
+
+    def loss_fn(model, batch):
+        errors = model(batch).astype(jnp.float32) - 7.0
+        return (30_000 * jnp.square(errors).sum(), 30_000 * len(batch)), None
+
+    x = batch[0].astype(jnp.float16)
+    whole = batch_gradients(loss_fn, *parts, x)
+    out = batch_gradients(loss_fn, *parts, x, grad_accum_steps=4)
+    assert jnp.isfinite(out.grads["bias"]).all()
+    chex.assert_trees_all_close(out.grads, whole.grads, rtol=1e-2)
+
+
+def test_the_count_may_be_a_number(batch):
+    parts = split(Perceptron(nnx.Rngs(0)))
+
+    def as_pair(model, batch):
+        loss, aux = loss_fn(model, batch)
+        return (loss * len(batch[0]), len(batch[0])), aux
+
+    for grad_accum_steps in (1, 2):
+        steps = {"grad_accum_steps": grad_accum_steps}
+        mean = batch_gradients(loss_fn, *parts, batch, **steps)
+        pair = batch_gradients(as_pair, *parts, batch, **steps)
+        chex.assert_trees_all_close(pair[:3], mean[:3], rtol=1e-6, atol=1e-8)
+
+
 def test_running_statistics_move_with_each_part(batch, parts):
     graphdef, params, model_state = parts
 
@@ -216,3 +309,12 @@ def test_fewer_than_one_part_is_refused(batch, parts, grad_accum_steps):
     message = f"grad_accum_steps must be at least 1, got {grad_accum_steps}"
     with pytest.raises(ValueError, match=message):
         batch_gradients(loss_fn, *parts, batch, grad_accum_steps=grad_accum_steps)
+
+
+@pytest.mark.parametrize("result", [lambda loss: loss, lambda loss: (loss, 1, None)])
+def test_a_loss_that_returns_no_pair_is_refused(batch, parts, result):
+    def alone(model, batch):
+        return result(loss_fn(model, batch)[0])
+
+    with pytest.raises(ValueError, match=r"loss_fn must return a pair \(loss, aux\)"):
+        batch_gradients(alone, *parts, batch)

@@ -218,7 +218,6 @@ def test_sums_of_squares_of_matrix_products(n: int) -> None:
     assert_close(got[1:], np.arange(1.0, n) ** 2)
 
 
-@known_fault
 @pytest.mark.parametrize("n", AFFECTED_SIZES)
 @pytest.mark.parametrize(
     ("name", "field"), [("unit", "pugd_gradient_norm"), ("bb", "bb_gradient_norm")]

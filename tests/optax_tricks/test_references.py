@@ -17,7 +17,7 @@ import pytest
 
 import optax_tricks
 
-LR, DECAY, STEPS, TOLERANCE = 0.1, 0.05, 30, 1e-6
+LR, DECAY, STEPS, TOLERANCE = 0.1, 0.05, 30, 1e-11
 
 # A patchwise "convolution", tanh, mean over places, tanh, linear, gain. The names have
 # no meaning in Flax. `b` has a single row, which centralization must not change.
@@ -383,7 +383,7 @@ def compare(
     factors = np.ones(steps)
     if "random" in chain:
         factors = fields(states, "random_factor")
-        assert factors.dtype == np.float32
+        assert factors.dtype == ("float64" if dtype == "float64" else "float32")
         assert len(set(factors.tolist())) > steps // 3
     stages = [STAGES[name][1]() for name in chain.split()]
     expected = list(descend(stages, rate_of(chain), factors.astype(float)))

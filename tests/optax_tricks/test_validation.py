@@ -37,7 +37,10 @@ RANGES = [
     (*PUGD, "learning_rate", "[0, inf)", [-0.1, INF, NAN], [0, 10]),
     (*PUGD, "momentum", "[0, 1)", [-0.1, 1, NAN], [0, 0.9]),
     (*PUGD, "weight_decay", "[0, inf)", [-0.1, INF, NAN], [0, 5e-4]),
-    (*WAVE, "half_period", "(0, inf)", [0, -2, INF, NAN], [1, 2.5]),
+    (*BB, "max_scale", "(0, inf)", [INF], [3]),
+    (*WAVE, "low", "(-inf, inf)", [-INF], [0, -3]),
+    (*WAVE, "high", "(-inf, inf)", [INF], [1, 2]),
+    (*WAVE, "half_period", "(0, 1e9]", [0, -2, 10**10, INF, NAN], [1, 2.5, 10**9]),
 ]
 # Factory, its arguments, a lower and an upper limit in the wrong order.
 ORDERS = [
@@ -69,6 +72,43 @@ def use(factory: Factory, kwargs: Kwargs) -> Any:
     return made.update(PARAMS, made.init(PARAMS), PARAMS, grad_fn=grad_fn)
 
 
+# Factory, its arguments, and numbers that float32 rounds to something else.
+BEYOND_SINGLE = [
+    (*RANDOM, {"maxval": 1e39}, "inf"),
+    (*RANDOM, {"minval": -1e39}, "-inf"),
+    (*RANDOM, {"minval": -3e38, "maxval": 3e38}, "inf"),
+    (*RANDOM, {"minval": 1e-46}, "0"),
+    (*RANDOM, {"probability": 1e-40}, "0"),
+    *(
+        (*row, change, shown)
+        for row in (BB, TUNED)
+        for change, shown in [
+            ({"learning_rate": 1e39}, "inf"),
+            ({"learning_rate": 1e-39}, "0"),
+            ({"beta": 0.99999999}, "1"),
+            ({"beta": 1 - 2**-26}, "1"),
+            ({"beta": 1e-50}, "0"),
+            ({"nu": 1e40}, "inf"),
+            ({"nu": 1e-40}, "0"),
+            ({"min_scale": 1e-39}, "0"),
+            ({"max_scale": 1e39}, "inf"),
+        ]
+    ),
+    (*UNIT, {"eps": 1e-50}, "0"),
+    (*UNIT, {"eps": 1e-39}, "0"),
+    (*UNIT, {"eps": 1e300}, "inf"),
+    (*TUNED, {"delta": 1e-45}, "0"),
+    (*PUGD, {"learning_rate": 1e39}, "inf"),
+    (*PUGD, {"momentum": 0.99999999}, "1"),
+    (*PUGD, {"momentum": 1e-39}, "0"),
+    (*PUGD, {"weight_decay": 1e-39}, "0"),
+    (*PUGD, {"weight_decay": 1e39}, "inf"),
+    (*WAVE, {"low": -1e39}, "-inf"),
+    (*WAVE, {"high": 1e39}, "inf"),
+    (*WAVE, {"half_period": 1e-39}, "0"),
+]
+
+
 def cases(which: int) -> pytest.MarkDecorator:
     """Parametrizes by the bad (4) or good (5) values, as every type of number."""
     return pytest.mark.parametrize(
@@ -94,6 +134,20 @@ def test_numbers_outside_their_range_are_refused(
     message = f"{name} must be in {interval}, got {value}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         factory(**{**kwargs, name: value})
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "changes", "shown"),
+    BEYOND_SINGLE,
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_numbers_that_float32_cannot_hold_are_refused(
+    factory: Factory, kwargs: Kwargs, changes: Kwargs, shown: str
+) -> None:
+    value = re.escape(str(list(changes.values())[-1]))
+    message = rf"must be in .*, got ({value}|6e\+38), which is {shown} in float32\.$"
+    with pytest.raises(ValueError, match=message):
+        factory(**{**kwargs, **changes})
 
 
 @cases(5)
@@ -145,6 +199,57 @@ def test_traced_numbers_are_not_looked_at(
     jax.eval_shape(lambda values: use(factory, {**kwargs, **values}), traced)
 
 
+# --- Leaves that are not floating-point -----------------------------------------------
+
+OTHER_LEAVES = {
+    "int32": jnp.ones(2, jnp.int32),
+    "uint8": jnp.ones((3, 2), jnp.uint8),
+    "bool": jnp.ones(2, bool),
+    "key": jax.random.key(0),
+    "legacy key": jax.random.PRNGKey(0),
+    "float0": np.zeros(2, jax.dtypes.float0),
+    "NumPy": np.arange(3),
+    "number": 1,
+    "float8": jnp.ones(2, jnp.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("leaf", OTHER_LEAVES.values(), ids=OTHER_LEAVES)
+@pytest.mark.parametrize(
+    ("factory", "kwargs"),
+    [RANDOM, (optax_tricks.centralize, {}), BB, UNIT, TUNED, PUGD],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_leaves_that_are_not_floating_point_are_named(
+    factory: Factory, kwargs: Kwargs, leaf: Any
+) -> None:
+    tx, tree = factory(**kwargs), {**PARAMS, "rngs": [{"count": leaf}]}
+    with pytest.raises(ValueError, match="leaf 'rngs/0/count'") as error:
+        tx.update(tree, tx.init(PARAMS), tree, grad_fn=lambda params, step: tree)
+    assert f"has dtype {jnp.result_type(leaf)}. " in str(error.value)
+    if factory in (f for f, _ in (BB, UNIT, TUNED, PUGD)):
+        with pytest.raises(ValueError, match="leaf 'rngs/0/count'"):
+            tx.init(tree)
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    ["batch", "float32", b"batch", object(), jnp.float32, jax.nn.relu],
+    ids=["string", "name of a dtype", "bytes", "object", "dtype", "function"],
+)
+@pytest.mark.parametrize(
+    ("factory", "kwargs"),
+    [BB, UNIT, TUNED, PUGD],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_leaves_that_are_no_arrays_are_named(
+    factory: Factory, kwargs: Kwargs, leaf: Any
+) -> None:
+    message = f"leaf 'layers/0' is of type {type(leaf).__name__}. Split such leaves off"
+    with pytest.raises(ValueError, match=message):
+        factory(**kwargs).init({**PARAMS, "layers": [leaf]})
+
+
 # --- The second gradient --------------------------------------------------------------
 
 two_gradients = pytest.mark.parametrize(
@@ -174,7 +279,7 @@ def test_a_missing_argument_shows_the_call_to_write(
         tx.update(PARAMS, state, params, **extra)
     # The call in the message works.
     shown = re.search(
-        r"Call (update\(.*?\)) with, for example, grad_fn = (lambda .*)\.$",
+        r"Call (update\(.*?\)) with, for example, grad_fn = (lambda .*?)\. For",
         str(error.value),
     )
     assert shown
