@@ -11,6 +11,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import DTypeLike
 
+from models._batch_norm import batch_norm
+from models._convolution import conv_general_dilated
+
 Norm = Literal["batch", "frozen_batch", "group", "instance", "none"]
 
 lecun_normal = nnx.initializers.lecun_normal()
@@ -52,6 +55,8 @@ class BatchNorm(_KeepsDtype, nnx.BatchNorm):
 
     The running variance averages variances over n values, as in Flax. PyTorch divides
     by n - 1, so that its batches contribute n / (n - 1) times as much.
+
+    In training it has gradients of any order, and no forward-mode differentiation.
     """
 
     def __init__(self, channels: int, **options: Any):
@@ -59,6 +64,18 @@ class BatchNorm(_KeepsDtype, nnx.BatchNorm):
         super().__init__(channels, momentum=0.9, epsilon=1e-5, **options)
         self.mean = _Statistic(jnp.zeros(channels, jnp.float32))
         self.var = _Statistic(jnp.ones(channels, jnp.float32))
+
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """Maps (..., channels) to the same shape and dtype."""
+        if self.use_running_average or args or options:
+            return super().__call__(x, *args, **options)
+        assert self.scale is not None
+        assert self.bias is not None
+        y, *statistics = batch_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        for running, new in zip((self.mean, self.var), statistics, strict=True):
+            new = (1 - self.momentum) * jax.lax.stop_gradient(new)
+            running[...] = self.momentum * running[...] + new
+        return y
 
 
 class GroupNorm(_KeepsDtype, nnx.GroupNorm):
@@ -160,9 +177,7 @@ class UpConv(nnx.ConvTranspose):
         pad = taps - 1
         # Padding inside the convolution would make its gradient slow again.
         padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        y = jax.lax.conv_general_dilated(
-            padded, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = conv_general_dilated(padded, kernel, (1, 1), ((0, 0), (0, 0)))
         batch, height, width = x.shape[:3]
         y = y.reshape(*y.shape[:3], 2, 2, outputs)
         # The two output rows (a) of an input row see windows that start one row apart;
@@ -273,6 +288,7 @@ class Layers:
             feature_group_count=groups,
             use_bias=self.needs_bias if use_bias is None else use_bias,
             kernel_init=kernel_init,
+            conv_general_dilated=conv_general_dilated,
             promote_dtype=self._promote,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -428,14 +444,6 @@ def apply(
         y: jax.Array = nnx.remat(lambda block, x: block(x))(block, x)
         return y
     return block(x)
-
-
-def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-    """Returns the maximum over windows, with the same padding on all sides."""
-    y: jax.Array = nnx.max_pool(
-        x, (size, size), (stride, stride), [(padding, padding)] * 2
-    )
-    return y
 
 
 def average_pool(x: jax.Array) -> jax.Array:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models._convolution import max_pool
 from models._entry import CONVOLUTION, Entry, classifier, form
-from models._layers import Layers, apply, average_pool, check_images, max_pool
+from models._layers import Layers, apply, average_pool, check_images
 from models._network import Images, Logits, Network
 
 _IN_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models._convolution import max_pool
 from models._entry import CONVOLUTION, Entry, classifier, form
-from models._layers import ConvNorm, Layers, apply, check_images, max_pool
+from models._layers import ConvNorm, Layers, apply, check_images
 from models._network import Images, Logits, Network
 
 _HE_2015 = "He et al., 2015, https://arxiv.org/abs/1512.03385"

@@ -5,8 +5,9 @@ import itertools
 import jax.numpy as jnp
 from flax import nnx
 
+from models._convolution import max_pool
 from models._entry import CONVOLUTION, Entry
-from models._layers import DoubleConv, Layers, check_images, max_pool
+from models._layers import DoubleConv, Layers, check_images
 from models._network import Images, Network, PixelLogits
 
 _WIDTHS = (16, 32, 64, 128)

@@ -6,13 +6,13 @@ from types import MappingProxyType
 
 from flax import nnx
 
+from models._convolution import max_pool
 from models._entry import CONVOLUTION, Entry, classifier, form
 from models._layers import (
     Layers,
     Normalization,
     adaptive_average_pool,
     check_images,
-    max_pool,
 )
 from models._network import Images, Logits, Network
 

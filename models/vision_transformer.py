@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models._convolution import conv_general_dilated
 from models._entry import PRECISION, Entry, classifier
 from models._layers import ImageShapeError, LayerNorm, Layers, apply, check_images
 from models._network import Images, Logits, Network
@@ -119,7 +120,8 @@ class PatchEmbedding(nnx.Module):
             width,
             (patch_size, patch_size),
             strides=patch_size,
-            padding="VALID",
+            padding=0,
+            conv_general_dilated=conv_general_dilated,
             kernel_init=nnx.initializers.lecun_normal(),
             dtype=layers.dtype,
             param_dtype=layers.param_dtype,

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +213,7 @@ def test_smallest_images_that_are_not_refused_work():
 
 
 @pytest.mark.parametrize(
-    ("name", "image_size"), [("upanet16", 12), ("upanet16", 0), ("deit_ti_16", 40)]
+    ("name", "image_size"), [("upanet16", 12), ("deit_ti_16", 8), ("deit_ti_16", 40)]
 )
 def test_image_size_that_a_network_cannot_have_is_refused(name, image_size):
     with pytest.raises(models.ImageShapeError, match=rf"multiple of.*got {image_size}"):
@@ -251,6 +252,49 @@ def test_every_network_is_described():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"'resnet9'.*known: resnet8, resnet20"):
         models.create("resnet9", num_classes=10, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("resnet9", "resnet"),
+        ("ResNet50", "resnet50"),
+        ("mobilenetv2", "mobilenet_v2"),
+        ("vit_b16", "vit_b_16"),
+        ("densenet-121", "densenet121"),
+    ],
+)
+def test_a_misspelt_name_suggests_similar_ones(name, similar):
+    with pytest.raises(ValueError, match=rf"unknown model '{name}'; did you mean .*\?"):
+        models.describe(name)
+    with pytest.raises(ValueError, match=rf"did you mean [^?]*{similar}[^?]*\?"):
+        models.create(name, rngs=nnx.Rngs(0), num_classes=2)
+
+
+# Network, option, value.
+NO_COUNTS = [
+    ("deit_ti_16", "image_size", (32, 32)),
+    ("deit_ti_16", "image_size", 32.0),
+    ("deit_ti_16", "image_size", "32"),
+    ("deit_ti_16", "image_size", -16),
+    ("deit_ti_16", "patch_size", (16, 16)),
+    ("upanet16", "image_size", [32, 32]),
+    ("upanet16", "image_size", 0),
+    ("resnet8", "num_classes", 0),
+    ("resnet8", "num_classes", "10"),
+    ("resnet8", "num_classes", 10.0),
+    ("resnet8", "num_classes", True),
+    ("resnet8", "num_classes", None),
+    ("resnet8", "in_channels", 0),
+    ("unet64_small", "out_channels", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), NO_COUNTS)
+def test_options_that_count_must_be_whole_numbers(name, option, value):
+    message = rf"{option} must be a whole number of at least 1.*; got "
+    with pytest.raises(ValueError, match=message + re.escape(repr(value))):
+        abstract.__wrapped__(name, **{option: value})
 
 
 def test_unknown_option_lists_the_known():

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import models
+from models._batch_norm import batch_norm
 from models._layers import (
     BatchNorm,
     FrozenBatchNorm,
@@ -186,6 +187,44 @@ def test_batch_norm_is_that_of_pytorch():
     expected = reference(mean, variance)
     found = evaluation(norm)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def plain_batch_norm(x, scale, bias):
+    """Returns what `batch_norm` does, for JAX to differentiate."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1, 5)
+    mean, var = wide.mean(0), wide.var(0)
+    y = (wide - mean[None]) / jnp.sqrt(var + 1e-5)[None] * scale[None] + bias[None]
+    return y.reshape(x.shape).astype(x.dtype), mean, var
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_batch_norm_has_the_gradients_that_jax_derives(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        arrays = 3.0 * normal(4, 2, 3, 5) + 2.0, normal(5, key=1), normal(5, key=2)
+        x, scale, bias = (v.astype(dtype) for v in arrays)
+        weights = normal(4, 2, 3, 5, key=3).astype(dtype)
+
+        def value(norm, *arguments):
+            # The running statistics have gradients too, unlike in a layer.
+            y, mean, var = norm(*arguments)
+            return (weights * jnp.tanh(y)).sum() + (mean * var).sum()
+
+        def slope(norm, *arguments):
+            of_x, of_scale, of_bias = jax.grad(value, (1, 2, 3))(norm, *arguments)
+            return (weights * jnp.sin(of_x)).sum() + (of_scale * of_bias).sum()
+
+        ours = functools.partial(batch_norm, eps=1e-5)
+        tolerance = {jnp.float32: 1e-4, jnp.float64: 1e-10, jnp.bfloat16: 0.05}[dtype]
+        for function in (value, slope):
+            pairs = (
+                jax.grad(function, (1, 2, 3))(norm, x, scale, bias)
+                for norm in (ours, plain_batch_norm)
+            )
+            for found, expected in zip(*pairs, strict=True):
+                assert found.dtype == expected.dtype == dtype
+                found, expected = (np.asarray(v, float) for v in (found, expected))
+                error = np.abs(found - expected).max() / np.abs(expected).max()
+                assert error < tolerance
 
 
 def test_eps_is_that_of_pytorch():

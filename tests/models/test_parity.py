@@ -1,6 +1,7 @@
 """Compares outputs, gradients and running statistics with PyTorch.
 
-The networks in `torch_*.py` were written from the papers, independently of `models`.
+The networks in `benchmarks.pytorch` were written from the papers, independently of
+`models`.
 All tests are skipped if PyTorch is not installed (`pip install --group parity`).
 """
 
@@ -18,7 +19,7 @@ from flax import nnx
 
 import models
 from models._layers import Layers
-from models._weights import layout
+from models._layout import layout
 from models.densenet import DenseNet
 from models.duc_hdc import DUCHDC
 from models.pix2pix import Generator
@@ -28,47 +29,36 @@ from models.resnet import ResNet
 from models.upanet import UPANet
 from models.vgg import VGG
 from models.vision_transformer import VisionTransformer
-from tests.models import (
-    torch_classifiers,
-    torch_segmenters,
-    torch_translators,
-    torch_upanet,
-)
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from benchmarks.pytorch import (  # noqa: E402
+    NETWORKS,
+    classifiers,
+    segmenters,
+    translators,
+    upanet,
+)
+
 partial = functools.partial
 
-NETWORKS = (
-    torch_classifiers.NETWORKS
-    | torch_segmenters.NETWORKS
-    | torch_translators.NETWORKS
-    | torch_upanet.NETWORKS
-    # The authors' code, like ours, has neither norm nor ReLU before the shuffle.
-    | {
-        f"resnet{depth}_duc_hdc": partial(
-            torch_segmenters.DUCHDC, depth, norm_act=False
-        )
-        for depth in (50, 101)
-    }
-)
 LAYOUTS = json.loads(Path(__file__).with_name("torch_layouts.json").read_text())
 PUBLISHED = {name for networks in LAYOUTS.values() for name in networks}
 # Smaller ResNets for the segmentation networks. The second has enough blocks for the
 # dilations of both stages to repeat.
-torch_segmenters.BLOCKS[20] = (1, 1, 2, 2)
-torch_segmenters.BLOCKS[35] = (1, 1, 5, 4)
+segmenters.BLOCKS[20] = (1, 1, 2, 2)
+segmenters.BLOCKS[35] = (1, 1, 5, 4)
 
 # Layers that PyTorch's networks number and ours name.
 RENAMED = {
-    torch_segmenters.PSPNet: {
+    segmenters.PSPNet: {
         "aux_head.": "auxiliary_head.",
         "head.0.": "head.hidden.0.",
         "head.1.": "head.hidden.1.",
         "head.4.": "head.logits.",
     },
-    torch_segmenters.DUCHDC: {"duc.0.": "duc."},
+    segmenters.DUCHDC: {"duc.0.": "duc."},
 }
 
 
@@ -81,7 +71,7 @@ class NarrowLayers(Layers):
 
 
 def narrow_torch_vgg(depth, num_classes):
-    network = torch_classifiers.VGG(depth, num_classes)
+    network = classifiers.VGG(depth, num_classes)
     network.classifier[0] = torch.nn.Linear(512 * 7 * 7, 16)
     network.classifier[3] = torch.nn.Linear(16, 16)
     network.classifier[6] = torch.nn.Linear(16, num_classes)
@@ -103,18 +93,18 @@ def transformer(network, **options):
     )
 
 
-basic, bottleneck = torch_classifiers.BasicBlock, torch_classifiers.Bottleneck
+basic, bottleneck = classifiers.BasicBlock, classifiers.Bottleneck
 # (function that builds PyTorch's network, function that builds ours from `layers`,
 # shape of the images). Networks are small where the reference allows it. Height and
 # width differ where they can, so that a mix-up of the two fails.
 CASES = {
     "resnet_basic": (
-        partial(torch_classifiers.ResNet, basic, (1, 2, 1, 1), num_classes=7),
+        partial(classifiers.ResNet, basic, (1, 2, 1, 1), num_classes=7),
         partial(ResNet, (1, 2, 1, 1), num_classes=7),
         (2, 48, 64, 3),
     ),
     "resnet_bottleneck": (
-        partial(torch_classifiers.ResNet, bottleneck, (2, 1, 1, 1), num_classes=7),
+        partial(classifiers.ResNet, bottleneck, (2, 1, 1, 1), num_classes=7),
         partial(ResNet, (2, 1, 1, 1), num_classes=7, expansion=4),
         (2, 48, 64, 3),
     ),
@@ -122,8 +112,8 @@ CASES = {
     "resnet_padded_shortcut": catalogued("resnet20", (2, 16, 24, 3)),
     "resnext_imagenet": (
         partial(
-            torch_classifiers.ResNet,
-            torch_classifiers.resnext(32, 4),
+            classifiers.ResNet,
+            classifiers.resnext(32, 4),
             (1, 2, 1, 1),
             num_classes=7,
         ),
@@ -133,7 +123,7 @@ CASES = {
     "resnext_cifar": catalogued("resnext29_2x64d", (2, 8, 12, 3)),
     "preact": catalogued("preact_resnet18", (2, 16, 24, 3)),
     "wide": (
-        partial(torch_classifiers.PreActResNet, (2, 1, 1), (32, 64, 128), 16),
+        partial(classifiers.PreActResNet, (2, 1, 1), (32, 64, 128), 16),
         partial(PreActResNet, (2, 1, 1), num_classes=10, stem=16, width=32),
         (2, 16, 24, 3),
     ),
@@ -144,40 +134,38 @@ CASES = {
     ),
     "vgg_cifar": catalogued("vgg11_bn_cifar", (2, 32, 64, 3)),
     "densenet_imagenet": (
-        partial(torch_classifiers.DenseNet, (2, 1, 2, 1), num_classes=7),
+        partial(classifiers.DenseNet, (2, 1, 2, 1), num_classes=7),
         partial(DenseNet, (2, 1, 2, 1), num_classes=7, small_images=False),
         (2, 64, 96, 3),
     ),
     "densenet_cifar": (
-        partial(
-            torch_classifiers.DenseNet, (2, 1, 2, 1), imagenet=False, num_classes=7
-        ),
+        partial(classifiers.DenseNet, (2, 1, 2, 1), imagenet=False, num_classes=7),
         partial(DenseNet, (2, 1, 2, 1), num_classes=7, small_images=True),
         (2, 16, 24, 3),
     ),
     "mobilenet_imagenet": catalogued("mobilenet_v2", (2, 64, 96, 3)),
     "mobilenet_cifar": catalogued("mobilenet_v2_cifar", (2, 16, 24, 3)),
     "upanet": (
-        partial(torch_upanet.UPANet, 4, num_classes=7, size=16),
+        partial(upanet.UPANet, 4, num_classes=7, size=16),
         partial(UPANet, 4, num_classes=7, image_size=16),
         (2, 16, 16, 3),
     ),
-    "vit": transformer(torch_classifiers.ViT),
-    "deit": transformer(torch_classifiers.DeiT),
-    "deit_distilled": transformer(torch_classifiers.DeiT, distilled=True),
+    "vit": transformer(classifiers.ViT),
+    "deit": transformer(classifiers.DeiT),
+    "deit_distilled": transformer(classifiers.DeiT, distilled=True),
     "pspnet": (
-        partial(torch_segmenters.PSPNet, 20, 7),
+        partial(segmenters.PSPNet, 20, 7),
         partial(PSPNet, (1, 1, 2, 2), num_classes=7),
         (2, 32, 56, 3),
     ),
     "duc_hdc": (
-        partial(torch_segmenters.DUCHDC, 35, 7, norm_act=False),
+        partial(segmenters.DUCHDC, 35, 7, norm_act=False),
         partial(DUCHDC, (1, 1, 5, 4), num_classes=7),
         (2, 64, 96, 3),
     ),
     "unet": catalogued("unet_small", (2, 16, 24, 3)),
     "generator": (
-        partial(torch_translators.UNetGenerator, 6),
+        partial(translators.UNetGenerator, 6),
         partial(Generator, 6),
         (2, 64, 128, 3),
     ),

@@ -1,6 +1,7 @@
 """Trains a small form of every class of network for a step."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -237,15 +238,13 @@ def test_bfloat16_is_close_to_float32(form):
 @pytest.mark.parametrize("form", CONVOLUTIONAL)
 def test_convolutions_compute_in_bfloat16(form):
     graphdef, params, state = parts(abstract(form, dtype=jnp.bfloat16))
-    jaxpr = jax.make_jaxpr(partial(evaluate, graphdef))(params, state, images_for(form))
-    dtypes = [
-        eqn.outvars[0].aval.dtype
-        for eqn in jaxpr.eqns
-        if eqn.primitive.name == "conv_general_dilated"
-    ]
+    function = jax.jit(partial(evaluate, graphdef))
+    export = jax.export.export(function, platforms=["tpu"])
+    program = export(params, state, images_for(form)).mlir_module()
+    dtypes = re.findall(r"stablehlo\.convolution.*-> tensor<[0-9x]+x(\w+)>", program)
     # If a network ends with a convolution, this one returns float32.
     assert dtypes
-    assert all(dtype == jnp.bfloat16 for dtype in dtypes[:-1])
+    assert all(dtype == "bf16" for dtype in dtypes[:-1])
     assert len(dtypes) > 3 or form == "discriminator"
 
 

@@ -18,9 +18,8 @@ import safetensors.numpy
 from flax import nnx
 
 import models
-from models import _weights
 from models._layers import Layers
-from models._weights import layout
+from models._layout import layout, naming_of, renamed, slots_of
 from models.densenet import DenseNet
 from models.duc_hdc import DUCHDC
 from models.mobilenet import MobileNetV2
@@ -85,16 +84,22 @@ def filled(make, seed=0, **options):
     """Returns a network of random values, faster than with its initializers."""
     generator = np.random.default_rng(seed)
 
-    def fill(x):
+    def fill(path, x):
         if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.asarray(generator.normal(size=x.shape), x.dtype)
+            is_variance = "'var'" in jax.tree_util.keystr(path)
+            made = generator.normal(size=x.shape)
+            return jnp.asarray(abs(made) if is_variance else made, x.dtype)
         return jax.random.key(0) if x.dtype != jnp.uint32 else jnp.uint32(0)
 
     def build():
         return make(layers=Layers(rngs=nnx.Rngs(0), **options))
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graphdef, jax.tree.map(fill, state))
+    return nnx.merge(graphdef, jax.tree.map_with_path(fill, state))
+
+
+def make_by_name(name, **options):
+    return lambda layers: models.create(name, rngs=layers.rngs, **options)
 
 
 def resnet(seed=0, *, num_classes=3, **options):
@@ -148,7 +153,7 @@ def test_names_and_shapes_are_those_of_the_library(naming, name):
     model = abstract(name)
     assert layout(model, naming) == expected
     # The names of a file tell which library it is from.
-    found = _weights._naming_of(model, _weights._slots(model), set(expected))
+    found = naming_of(model, slots_of(model), set(expected))
     assert layout(model, found) == expected
 
 
@@ -219,11 +224,11 @@ def test_weights_come_back_as_they_were_saved(form, naming, tmp_path):
     _, make = FORMS[form]
     model, other = filled(make, 0), filled(make, 1)
     arrays = arrays_of(model, tmp_path)
-    names = _weights._renamed(model, naming, arrays)
+    names = renamed(model, naming, arrays)
     if naming is not None:
         assert set(names.values()) != set(arrays)
-    renamed = {names[name]: array for name, array in arrays.items()}
-    models.load_weights(other, write(tmp_path, renamed))
+    stored = {names[name]: array for name, array in arrays.items()}
+    models.load_weights(other, write(tmp_path, stored))
     assert_equal(values(other), values(model))
 
 
@@ -294,7 +299,7 @@ def test_new_head_leaves_the_last_layer_alone(form, naming, tmp_path):
     model, other = filled(make, 0), filled(partial(make, num_classes=5), 1)
     before, expected = values(other), values(model)
     arrays = arrays_of(model, tmp_path)
-    names = _weights._renamed(model, naming, arrays)
+    names = renamed(model, naming, arrays)
     path = write(tmp_path, {names[name]: array for name, array in arrays.items()})
     with pytest.raises(ValueError, match=r"in the model(.|\n)*new_head=True"):
         models.load_weights(other, path)
@@ -371,6 +376,213 @@ def test_quantized_weights_are_refused(dtype, tmp_path):
     with pytest.raises(ValueError, match=r"fc\.weight has dtype (I8|F8_E4M3)"):
         models.load_weights(model, write(tmp_path, arrays))
     assert_equal(values(model), before)
+
+
+def prefixed(prefix):
+    return lambda arrays: {prefix + name: array for name, array in arrays.items()}
+
+
+PREFIXES = ["module.", "_orig_mod.", "model.", "state_dict.", "module._orig_mod.", "a."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_of_all_names_is_ignored(prefix, tmp_path):
+    model, other = resnet(0), resnet(1)
+    arrays = arrays_of(model, tmp_path)
+    counter = {"bn1.num_batches_tracked": np.array(7)}
+    path = write(tmp_path, prefixed(prefix)(arrays | counter))
+    models.load_weights(other, path)
+    assert_equal(values(other), values(model))
+    models.load_weights(resnet(num_classes=5), path, new_head=True)
+
+
+@pytest.mark.parametrize("naming", [None, "torchvision", "torchvision, 2021"])
+def test_a_prefix_before_the_names_of_another_library(naming, tmp_path):
+    _, make = FORMS["transformer"]
+    model, other = filled(make, 0), filled(make, 1)
+    arrays = arrays_of(model, tmp_path)
+    names = renamed(model, naming, arrays)
+    stored = {f"module.{names[name]}": array for name, array in arrays.items()}
+    models.load_weights(other, write(tmp_path, stored))
+    assert_equal(values(other), values(model))
+
+
+# What is wrong, how it is made from the arrays of a ResNet-8, and the one line after
+# "does not fit this ResNet: ".
+ONE_LINE = {
+    "parts of a checkpoint": (
+        lambda arrays: prefixed("state_dict.")(arrays) | {"optimizer.step": np.ones(1)},
+        "its names begin with 'state_dict.', beside others that are not of this "
+        "network (optimizer.step); save the arrays below 'state_dict.' alone",
+    ),
+    "parts in two levels": (
+        lambda arrays: (
+            prefixed("net.model.")(arrays) | {"net.ema.decay": np.ones(1, np.float32)}
+        ),
+        "its names begin with 'net.model.', beside others that are not of this network "
+        "(net.ema.decay); save the arrays below 'net.model.' alone",
+    ),
+    "other classes": (
+        lambda arrays: arrays | {"fc.bias": np.ones(5), "fc.weight": np.ones((5, 64))},
+        "only the last layer differs (fc.weight has shape (5, 64), but (10, 64) in the "
+        "model; fc.bias has shape (5,), but (10,) in the model); skip it with "
+        "new_head=True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), ONE_LINE.values(), ids=ONE_LINE)
+def test_what_is_wrong_is_one_line_with_the_remedy(change, line, tmp_path):
+    model = filled(make_by_name("resnet8", num_classes=10))
+    before = values(model)
+    path = write(tmp_path, change(arrays_of(model, tmp_path)))
+    with pytest.raises(ValueError, match="does not fit") as error:
+        models.load_weights(model, path)
+    assert str(error.value) == f"{path} does not fit this ResNet: {line}"
+    assert_equal(values(model), before)
+
+
+# The network whose weights a file has, its options, the network that it is loaded
+# into, and the network that the message names.
+OTHERS = [
+    ("resnet8", {"num_classes": 10}, "resnet20", "resnet8"),
+    pytest.param(
+        "resnet20", {"num_classes": 10}, "resnet8", "resnet20", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "resnet8", {"num_classes": 100}, "unet_small", "resnet8", marks=pytest.mark.slow
+    ),
+    ("resnet8", {"num_classes": 10, "in_channels": 1}, "resnet20", "resnet8"),
+    pytest.param(
+        "unet_small",
+        {"num_classes": 11},
+        "resnet8",
+        "unet_small",
+        marks=pytest.mark.slow,
+    ),
+    ("patchgan16", {}, "resnet8", "patchgan16"),
+    pytest.param(
+        "vgg11_bn_cifar",
+        {"num_classes": 10},
+        "preact_resnet18",
+        "vgg11_bn_cifar",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("theirs", "options", "ours", "named"), OTHERS)
+def test_weights_of_another_network_are_recognized(
+    theirs, options, ours, named, tmp_path
+):
+    path = tmp_path / "arrays.safetensors"
+    models.save_weights(filled(make_by_name(theirs, **options)), path)
+    model = filled(make_by_name(ours, num_classes=10))
+    for new_head in (False, True):
+        with pytest.raises(ValueError, match="does not fit") as error:
+            models.load_weights(model, path, new_head=new_head)
+        (line,) = str(error.value).splitlines()
+        assert f"it looks like {named} ({models.describe(named).description})" in line
+        assert line.endswith(f'load it into models.create("{named}", ...)')
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (3, 1), (4, 3)])
+@pytest.mark.parametrize("form", ["resnet", "vgg", "transformer"])
+def test_images_of_other_channels_are_recognized(
+    form, theirs, ours, new_head, tmp_path
+):
+    _, make = FORMS[form]
+    arrays_of(filled(partial(make, in_channels=theirs)), tmp_path)
+    classes = 4 if new_head else 3
+    model = filled(partial(make, in_channels=ours, num_classes=classes))
+    with pytest.raises(ValueError, match="does not fit") as error:
+        models.load_weights(model, tmp_path / "arrays.safetensors", new_head=new_head)
+    (line,) = str(error.value).splitlines()
+    assert line.endswith(
+        f"it is for images of {theirs} channels: create the network with "
+        f"in_channels={theirs}"
+    )
+
+
+def test_at_most_a_few_arrays_are_listed(tmp_path):
+    wide, narrow = (
+        filled(partial(ResNet, (1, 1), num_classes=3, width=width)) for width in (8, 5)
+    )
+    arrays_of(wide, tmp_path)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ arrays differ") as error:
+        models.load_weights(narrow, tmp_path / "arrays.safetensors")
+    lines = str(error.value).splitlines()
+    assert 3 < len(lines) < 10
+    assert re.search(r" and \d+ more$", lines[6])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "transformer",
+        "distilled",
+        pytest.param("upanet", marks=pytest.mark.slow),
+    ],
+)
+def test_another_image_size_names_the_option(form, tmp_path):
+    make = FORMS[form][1]
+    arrays_of(filled(partial(make, image_size=16)), tmp_path)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        models.load_weights(filled(make), tmp_path / "arrays.safetensors")
+    (line,) = str(error.value).splitlines()
+    assert "create the network with that image_size, as this one is for 8x8" in line
+
+
+NUMBERS = {
+    "NaN": (np.float32, np.nan),
+    "infinity": (np.float32, np.inf),
+    "minus infinity": (np.float16, -np.inf),
+    "bfloat16 NaN": (ml_dtypes.bfloat16, np.nan),
+    "beyond float32": (np.float64, 1e39),
+    "below float32": (np.float64, -1e300),
+}
+
+
+@pytest.mark.parametrize(("dtype", "number"), NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("name", ["layer2.0.conv2.weight", "bn1.running_var"])
+def test_numbers_that_no_network_has_are_refused_by_name(name, dtype, number, tmp_path):
+    model = resnet()
+    before = values(model)
+    arrays = arrays_of(resnet(1), tmp_path)
+    arrays[name] = arrays[name].astype(dtype)
+    arrays[name].flat[-1] = number
+    message = rf"NaN, infinity or numbers too large for .* in {re.escape(name)}$"
+    with pytest.raises(ValueError, match=message):
+        models.load_weights(model, write(tmp_path, arrays))
+    assert_equal(values(model), before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("number", [-1, -1e-3])
+def test_negative_variances_are_refused_by_name(number, dtype, tmp_path):
+    model = resnet()
+    before = values(model)
+    arrays = arrays_of(resnet(1), tmp_path)
+    for name in ("bn1.running_var", "layer1.0.bn2.running_var"):
+        arrays[name] = arrays[name].astype(dtype)
+        arrays[name].flat[0] = number
+    arrays["bn1.running_mean"].flat[0] = number
+    message = r"variances below 0 in bn1.running_var, layer1.0.bn2.running_var: it is"
+    with pytest.raises(ValueError, match=message):
+        models.load_weights(model, write(tmp_path, arrays))
+    assert_equal(values(model), before)
+
+
+def test_numbers_beyond_the_dtype_of_the_model_are_refused(tmp_path):
+    arrays = arrays_of(resnet(), tmp_path)
+    arrays["fc.weight"][0, 0] = 1e6
+    path = write(tmp_path, arrays)
+    models.load_weights(resnet(param_dtype=jnp.bfloat16), path)
+    with pytest.raises(ValueError, match=r"too large .* in fc\.weight"):
+        models.load_weights(resnet(param_dtype=jnp.float16), path)
+    # A head that is skipped is not read.
+    models.load_weights(resnet(param_dtype=jnp.float16), path, new_head=True)
 
 
 def test_missing_file_is_named(tmp_path):
