@@ -1,5 +1,6 @@
 """Fixtures of tests and doctests: the folder of datasets, and compiled programs."""
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -7,6 +8,13 @@ from collections.abc import Iterator
 import jax
 import psutil
 import pytest
+
+# Tests compile far more than they run; LLVM's optimizations take most of the time. JAX
+# reads this when it starts its backend, and so do the processes that tests start.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# PyTorch is not in the environment of development, and there are no examples.
+collect_ignore = ["benchmarks/pytorch"]
 
 # A test process stays below 3 GB.
 _MEMORY_STEP = 1 << 29
@@ -39,5 +47,7 @@ def _bounded_memory(_memory_limit: list[int]) -> Iterator[None]:
     if process.memory_info().rss > _memory_limit[0]:
         jax.clear_caches()
         gc.collect()
+        # glibc keeps what is free for itself.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         # Some memory is not given back: the next time it must have grown again.
         _memory_limit[0] = process.memory_info().rss + _MEMORY_STEP

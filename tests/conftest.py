@@ -16,6 +16,34 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Tables of faults and unusual inputs, which `pytest -m faults` runs.
+FAULTS = (
+    "models/test_weights.py",
+    "optax_tricks/test_non_finite.py",
+    "optax_tricks/test_validation.py",
+    "train/data/test_archives.py",
+    "train/data/test_folders.py",
+    "train/data/test_images.py",
+    "train/data/test_interruption.py",
+    "train/data/test_read_back.py",
+    "train/output/test_checkpoints.py",
+    "train/output/test_run_folder.py",
+    "train/test_command_line.py",
+    "train/test_distributed.py",
+    "train/test_json.py",
+    "train/test_processes.py",
+    "train/test_reliability.py",
+    "train/test_signals.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of faults."""
+    for item in items:
+        if item.path.as_posix().endswith(tuple(f"tests/{name}" for name in FAULTS)):
+            item.add_marker(pytest.mark.faults)
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of the library, built from this checkout."""
@@ -41,3 +69,12 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from train import program
 
     monkeypatch.setattr(program, "make_mesh", one_device_mesh)
+
+
+@pytest.fixture(scope="module")
+def thin() -> Iterator[None]:
+    """Makes the networks that tasks train by default thin."""
+    from tests.thin_networks import thin_networks
+
+    with thin_networks():
+        yield

@@ -8,6 +8,7 @@ or busy. "half append metrics.jsonl 2" is the moment when half of it is on disk.
 Events may happen in threads of Orbax. Only those below the run folder count.
 """
 
+import atexit
 import collections
 import dataclasses
 import errno
@@ -15,6 +16,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -29,7 +31,8 @@ from matplotlib.figure import Figure
 from train.output import checkpoints
 from train.output.run_folder import RunFolder
 
-LIMIT = 300  # seconds for what takes a few on an idle machine
+EACH = "each"  # the name of all points but those halfway
+LIMIT = 600  # seconds for what takes a few on an idle machine
 
 # Processes start at once, with everything imported, and before JAX starts its backend.
 _processes = multiprocessing.get_context("forkserver")
@@ -47,6 +50,11 @@ def kill() -> None:
 def terminate() -> None:
     """Tells the process to end."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt() -> None:
+    """Does what Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def terminate_one_of_several() -> None:
@@ -151,8 +159,16 @@ def _begin(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    _Points(folder, files / "points.txt", at, action).install()
-    work()
+    global points
+    points = _Points(folder, files / "points.txt", at, action)
+    points.install()
+    try:
+        work()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves that out
+
+
+points: "_Points"  # of this process
 
 
 class _Points:
@@ -167,6 +183,11 @@ class _Points:
         # Written without a buffer, which a killed process would take with it.
         self._log = log.open("wb", buffering=0)
 
+    def act(self, at: str, action: Callable[[], None]) -> None:
+        """Acts at another point, and counts events from the beginning again."""
+        self._at, self._action = at, action
+        self._counts.clear()
+
     def install(self) -> None:
         """Wraps the functions, for the rest of the life of the process."""
         self._wrap(os, "mkdir", lambda path, *_, **__: path)
@@ -177,7 +198,7 @@ class _Points:
         self._wrap(Path, "write_text", lambda path, *_, **__: path, _write_half)
         self._wrap(Figure, "savefig", lambda figure, path, **_: path, _draw_half)
         self._wrap(RunFolder, "append", lambda f, name, _: f.path / name, _append_half)
-        handler = checkpoints._DigestingHandler
+        handler = checkpoints._Handler
         self._wrap(handler, "finalize", lambda handler, path: path)
 
     def _wrap(self, owner, name, path_of, half=None) -> None:
@@ -196,6 +217,7 @@ class _Points:
         if path is None or not Path(path).is_relative_to(self._folder):
             return
         name = f"{event} {Path(path).relative_to(self._folder)}"
+        name = re.sub(r"(\.partial-)\w+|(\.safetensors\.)\d+", r"\1\2*", name)
         with self._lock:
             self._counts[name] += 1
             point = f"{name} {self._counts[name]}"
@@ -203,12 +225,15 @@ class _Points:
         if point == self._at:
             before()
             self._action()
+        elif self._at == EACH and not point.startswith("half "):
+            self._action()
 
     def _path_of(self, descriptor: int) -> Path | None:
-        """Returns the file at the top of the run folder that is open as this."""
+        """Returns the file or folder in the run folder that is open as this."""
         found = os.fstat(descriptor)
-        for path in self._folder.iterdir():
-            if os.path.samestat(found, path.stat()):
+        for path in (self._folder, *self._folder.rglob("*")):
+            # TensorBoard's files are named by the time.
+            if "tensorboard" not in path.parts and os.path.samestat(found, path.stat()):
                 return path
         return None
 

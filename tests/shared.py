@@ -3,9 +3,11 @@
 import contextlib
 import re
 import resource
+import socket
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from rich.console import Console, RenderableType
 
@@ -38,3 +40,17 @@ def printed_lines(renderable: RenderableType, *, width: int) -> list[str]:
 def squeezed(text: str) -> str:
     """Returns a text without white space and frames; tyro breaks lines anywhere."""
     return re.sub(r"[\s│]", "", text)
+
+
+def free_port() -> int:
+    """Returns a port that no program on this machine listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def mean_of(loss):
+    """Returns the mean of a loss, which is a pair (sum, count)."""
+    total, count = loss
+    return total / jnp.maximum(count, 1e-12)

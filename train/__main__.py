@@ -1,27 +1,28 @@
 """The command line, `python -m train TASK`."""
 
-import os
+if __name__ == "__main__":
+    from train.signals import listen
+
+    listen()  # before the imports below, which take seconds
+
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-import jax
 import tyro
-from tyro.extras import SubcommandApp
 
+from train.command_line import choose_command, run_command
 from train.config import TrainingConfig
 from train.errors import UsageError
 from train.optim.chain import PLACES
 from train.optim.config import OPTIMIZERS
 from train.optim.schedules import SCHEDULES
 from train.optim.techniques import TECHNIQUES
-from train.output.preemption import EXIT_CODE, PreemptedError
-from train.parallel import start_distributed
+from train.processes import start_distributed
 from train.progress import make_console
-from train.run import NonFiniteLossError, run
-from train.settings import Choice, wrong_settings_exit
+from train.run import run
+from train.settings import Choice
 from train.tasks import TASKS
 from train.tasks.recipes import RECIPES
 
@@ -57,7 +58,9 @@ def _command(kind: type[TrainingConfig], chosen: str | None) -> Callable[..., No
           process_id: number of this process, counted from 0.
         """
         del recipe  # its settings are the defaults of the config
-        start_distributed(coordinator, num_processes, process_id)
+        start_distributed(
+            coordinator, num_processes, process_id, show=make_console().print
+        )
         run(config, run_dir=run_dir, resume=resume == "auto")
 
     command.__annotations__["config"] = Annotated[kind, tyro.conf.OmitArgPrefixes]
@@ -118,12 +121,14 @@ def _predict(
 
     Args:
       run: folder of the run; its last checkpoint is read.
-      images: files, or folders of them.
+      images: files, or folders of them; nothing is predicted if one has no image.
       output: folder for the results; predictions in the run folder if unset.
       seed: seed whose networks predict; the first one if unset.
     """
     from train import predict
 
+    if not images:
+        raise UsageError("name the image files, or folders of them, to predict")
     console = make_console()
     predict.predict(predict.load_run(run, seed, console), images, output, console)
 
@@ -132,7 +137,7 @@ def _compare(
     runs: tuple[Path, ...],
     labels: tuple[str, ...] = (),
     count: int = 6,
-    output: Path = Path("comparison.png"),
+    output: Path | None = None,
 ) -> None:
     """Draw the predictions of several runs for the same examples, side by side.
 
@@ -140,25 +145,26 @@ def _compare(
       runs: folders of runs of one task on one dataset.
       labels: a label for each run; the names of the folders if unset.
       count: number of examples to draw from the evaluation split.
-      output: PNG file to write.
+      output: PNG file to write; comparison.png beside the first run if unset.
     """
     from train import predict
 
+    if not runs:
+        raise UsageError("name the folders of the runs to compare")
     if labels and len(labels) != len(runs):
         raise UsageError(f"labels must name all {len(runs)} runs, got {len(labels)}")
     if count < 1:
         raise UsageError(f"count must be at least 1, got {count}")
     console = make_console()
     loaded = [predict.load_run(run, None, console) for run in runs]
-    predict.compare(loaded, labels or [run.name for run in runs], count, output)
-    console.print(f"written: {output}")
+    labels = labels or tuple(run.absolute().name for run in runs)
+    console.print(f"written: {predict.compare(loaded, labels, count, output)}")
 
 
-def _make_app(arguments: list[str]) -> SubcommandApp:
-    app = SubcommandApp()
+def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     recipe = _chosen_recipe(arguments)
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    commands: dict[str, Callable[..., None]] = {
+    return {
         **{name: _command(task.config_type, recipe) for name, task in TASKS.items()},
         "predict": positional(_predict),
         "compare": positional(_compare),
@@ -166,9 +172,19 @@ def _make_app(arguments: list[str]) -> SubcommandApp:
         "recipes": _recipes,
         "techniques": _techniques,
     }
-    for name, command in commands.items():
-        app.command(name=name)(command)
-    return app
+
+
+_AFTER_COMMANDS = """
+examples:
+  python -m train classification --techniques centralize --run-dir runs/first
+  python -m train predict runs/first photo.png
+  python -m train segmentation --dataset digit_scenes --epochs 2
+  python -m train classification --help
+
+other command lines:
+  python -m train.data  prepare datasets and show what they hold
+  python -m benchmarks  compare techniques, and measure what they cost
+"""
 
 
 def _chosen_recipe(arguments: list[str]) -> str | None:
@@ -182,41 +198,15 @@ def _chosen_recipe(arguments: list[str]) -> str | None:
 
 
 def main() -> None:
-    """Runs the command line, and shows errors that a user can fix in one line."""
-    try:
-        with wrong_settings_exit():
-            _make_app(sys.argv[1:]).cli(
-                prog="python -m train",
-                description="Train networks with the techniques.",
-            )
-    except (UsageError, NonFiniteLossError, OSError) as error:
-        _fail(f"error: {error}")
-    except PreemptedError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            _fail(
-                "error: the device is out of memory: choose a smaller --batch-size, or "
-                "split batches into parts with --grad-accum 2 or more"
-            )
-        if jax.distributed.is_initialized():
-            _fail(traceback.format_exc())
-        raise
-
-
-def _fail(message: str) -> NoReturn:
-    """Prints an error and ends the process.
-
-    One of several processes ends at once. Otherwise JAX would wait for the others for
-    minutes, while they wait for this one.
-    """
-    if jax.distributed.is_initialized():
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.exit(message)
+    """Runs the command line."""
+    run_command(
+        lambda: choose_command(
+            _commands(sys.argv[1:]),
+            prog="python -m train",
+            description="Train networks with the techniques.",
+            epilog=_AFTER_COMMANDS,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class TrainingConfig:
     """Precision of the computation; parameters, statistics and optimizer states stay
     float32."""
     ema: Fraction[float] = 0.0
-    """Decay of a moving average of the network that is evaluated; 0 for none."""
+    """Decay of a moving average of the network after each step, which is evaluated and
+    exported; 0 for none. Its bias is corrected: the random start has no weight."""
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
     """Seed of parameters, order of examples, augmentation and random factors."""
     seeds: _AtLeast1 = 1
@@ -61,6 +62,10 @@ class TrainingConfig:
             raise UsageError(
                 f"grad_accum must divide the batch size, {self.batch_size}; got "
                 f"{self.grad_accum}"
+            )
+        if self.seed + self.seeds > 2**31:
+            raise UsageError(
+                f"seed + seeds must be at most {2**31}, got {self.seed + self.seeds}"
             )
 
     @property

@@ -14,13 +14,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def verdict(self) -> str:
-        """Whether a difference is distinguishable from zero, and its sign."""
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "no clear difference"
-
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Returns Student's interval for the mean of independent values.
@@ -41,21 +34,3 @@ def mean_interval(values: Sequence[float]) -> Interval:
     reach = float(stats.t.ppf(0.975, n - 1)) * error
     mean = float(np.mean(values))
     return Interval(mean, mean - reach, mean + reach)
-
-
-def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Returns Student's interval for the mean of the differences ours - theirs.
-
-    >>> from train.intervals import paired_interval
-    >>> interval = paired_interval([3.0, 5.0, 4.0], [2.0, 3.0, 4.0])
-    >>> print([round(x, 2) for x in interval], interval.verdict)
-    [1.0, -1.48, 3.48] no clear difference
-
-    Raises:
-      ValueError: for fewer than two pairs, or lists of different lengths.
-    """
-    if len(ours) != len(theirs) or len(ours) < 2:
-        raise ValueError(
-            f"two or more pairs are needed, got {len(ours)} and {len(theirs)} values"
-        )
-    return mean_interval(np.subtract(ours, theirs).tolist())

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from train.errors import UsageError
+
 # The settings of SSIM in its paper.
 _WINDOW_SIZE = 11
 _WINDOW_SIGMA = 1.5
@@ -33,9 +35,16 @@ def confusion_matrix(
       num_classes: number of classes.
 
     Returns:
-      The counts, with the true classes in rows. Sums of such matrices are exact up to
-      2**31 - 1 in each entry.
+      The counts, with the true classes in rows.
+
+    Raises:
+      UsageError: if there are 2**31 entries or more.
     """
+    if truth.size >= 2**31:
+        raise UsageError(
+            f"a batch of {truth.size:,} pixels is too large to be counted: choose a "
+            "smaller batch_size"
+        )
     cells = num_classes * truth.astype(jnp.int32) + predicted
     cells = jnp.where(counted, cells, num_classes**2).ravel()  # beyond the end
     counts = jnp.zeros(num_classes**2, jnp.int32).at[cells].add(1, mode="drop")

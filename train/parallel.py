@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, and how arrays are sharded over it.
+"""Devices: the mesh, and how arrays are sharded over it.
 
 All devices form one mesh with the axis "data", along which batches are sharded; other
 arrays are replicated on every device. Computations are written for whole batches, so
@@ -6,12 +6,15 @@ losses, gradients and BatchNorm statistics are computed over the whole batch, no
 how many devices share it.
 """
 
-import os
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,52 +26,12 @@ Tree = Any
 _SMALLEST_SHARDED = 1 << 12
 
 
-def start_distributed(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Joins the processes of a run, if there are several.
-
-    Launchers that JAX knows (SLURM, Open MPI, TPU pods) say in the environment which
-    process this is. Without one, all three arguments are needed. JAX ends the process
-    with its own message if others do not join within five minutes, or die later.
-
-    Args:
-      coordinator: "HOST:PORT" of the first process.
-      num_processes: number of processes.
-      process_id: number of this process, from 0.
-
-    Raises:
-      UsageError: if only some of the arguments are given, or JAX refuses them.
-    """
-    if coordinator is None and num_processes is None and process_id is None:
-        if not _launched_with_others():
-            return
-    else:
-        if coordinator is None or num_processes is None or process_id is None:
-            raise UsageError(
-                "coordinator, num_processes and process_id belong together: give all "
-                "three, or none under SLURM, Open MPI or on a TPU"
-            )
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UsageError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot join the other processes: {error}") from error
-
-
-def _launched_with_others() -> bool:
-    # Not SLURM_NTASKS: commands that srun has not started see it too.
-    sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(os.environ.get(name) or 1) > 1 for name in sizes):
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
-def make_mesh() -> Mesh:
-    """Returns all devices, of all processes, along "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns devices along "data"; all devices of all processes if unset."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -120,3 +83,44 @@ def state_shardings(state: Tree, mesh: Mesh, *, shard_params: bool) -> Tree:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(sharding, state)
+
+
+def check_same_settings(settings: Mapping[str, Any]) -> None:
+    """Checks that all processes of a run have the same settings.
+
+    Args:
+      settings: JSON values by name, which may be nested.
+
+    Raises:
+      UsageError: if they differ; the message names the settings.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = dict(_leaves(settings))
+    versions = _gathered([",".join(mine)])
+    if (versions != versions[0]).any():
+        raise UsageError("the processes run different versions of this program")
+    values = _gathered(list(mine.values()))
+    differ = (values != values[0]).any(axis=(0, 2))
+    if differ.any():
+        names = [name for name, other in zip(mine, differ, strict=True) if other]
+        raise UsageError(
+            f"the processes have different settings: {', '.join(names)}; start all "
+            "with the same command, but for process_id"
+        )
+
+
+def _gathered(texts: list[str]) -> np.ndarray:
+    """Returns the digest of each text in each process, (processes, texts, bytes)."""
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    mine = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
+    return np.asarray(multihost_utils.process_allgather(mine))
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name in sorted(settings):
+        value = settings[name]
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value, default=str)

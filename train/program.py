@@ -8,13 +8,12 @@ host and device.
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -53,8 +52,8 @@ STEPS_IN_FLIGHT = 32
 _EVAL_BATCH_FACTOR = 4
 
 
-class Program:
-    """A compiled run, which trains and evaluates from any seed.
+class Plan:
+    """A run before it is compiled; the devices of its mesh need not be there.
 
     Attributes:
       task: the task that is trained.
@@ -63,28 +62,21 @@ class Program:
       graphdefs: the definition of each network.
       schedules: the learning rate schedule of each network.
       abstract_state: shapes, dtypes and shardings of a state.
-      train_step: the compiled step (state, feed) -> state; it donates the state.
+      abstract_feed: shapes, dtypes and shardings of the input of a step.
+      step: the jitted step (state, feed) -> state; it donates the state.
       steps_before: a function that returns the number of steps before an epoch; the
         first epoch is 0.
-      compile_seconds: time that it took to trace and compile the step, in seconds.
     """
 
     def __init__(
-        self,
-        task: Task,
-        config: TrainingConfig,
-        *,
-        train_loader: Loader,
-        eval_loader: Loader,
-        mesh: Mesh,
+        self, task: Task, config: TrainingConfig, *, train_loader: Loader, mesh: Mesh
     ):
-        """Compiles the step.
+        """Makes the step.
 
         Args:
           task: the task to train.
           config: the settings of the run.
           train_loader: loads training examples onto the devices of the mesh.
-          eval_loader: loads evaluation examples onto the devices of the mesh.
           mesh: the devices.
 
         Raises:
@@ -94,9 +86,8 @@ class Program:
         _check_batch(config, mesh)
         self.task = task
         self.config = config
-        self._train_loader, self._eval_loader = train_loader, eval_loader
+        self._train_loader = train_loader
         self.mesh = mesh
-        start = time.perf_counter()
         sampler = self._sampler(0)
         self.steps_before = sampler.steps_before
         networks = nnx.eval_shape(lambda: task.create_networks(nnx.Rngs(0)))
@@ -114,7 +105,6 @@ class Program:
             grad_accum_steps=config.grad_accum,
             ema_decay=config.ema,
         )
-        feed = train_loader.abstract_feed(sampler)
 
         def step(state: TrainState, feed: Any) -> tuple[TrainState, StepMetrics]:
             return train_step(state, self._batch(train_loader, feed, state.step))
@@ -123,66 +113,12 @@ class Program:
             after, metrics = step(state, feed)
             return after._replace(log=add_to_log(state.log, metrics, state.step))
 
-        self.abstract_state = self._abstract_state(trainables, step, feed)
+        self.abstract_feed = train_loader.abstract_feed(sampler)
+        self.abstract_state = self._abstract_state(trainables, step, self.abstract_feed)
         self._shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        jitted = jax.jit(step_and_log, donate_argnums=0, out_shardings=self._shardings)
-        self.train_step = jitted.lower(self.abstract_state, feed).compile()
-        self._empty_log = jax.jit(self._new_log, out_shardings=self._shardings.log)
-        self._evaluate = self._make_evaluation()
-        self.compile_seconds = time.perf_counter() - start
-
-    def init_state(self, seed: int) -> TrainState:
-        """Returns the state before the first step."""
-        # Not jitted: operation by operation, it compiles programs that all runs share.
-        keys = _split_key(seed)
-        networks = self.task.create_networks(nnx.Rngs(keys.params))
-        self.task.load_weights(networks)
-        trainables = self._trainables(networks, keys.techniques)
-        state = init_state(
-            networks, trainables, keys.augmentation, ema_decay=self.config.ema
+        self.step = jax.jit(
+            step_and_log, donate_argnums=0, out_shardings=self._shardings
         )
-        return put(state._replace(log=self._new_log()), self._shardings)
-
-    def names_of(self, metric: str) -> tuple[str, ...]:
-        """Returns the names of a metric in the records.
-
-        If there are several networks, the training metric of each begins with the name
-        of the network. The last name is the metric itself, for scores of evaluations.
-        """
-        several = self.graphdefs if len(self.graphdefs) > 1 else ()
-        return (*(f"{name}_{metric}" for name in several), metric)
-
-    def clear_log(self, state: TrainState) -> TrainState:
-        """Returns the state with an empty log, for a new epoch."""
-        return state._replace(log=self._empty_log())
-
-    def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
-        """Yields the input of each step, from `first_step` on and without end."""
-        return self._train_loader.feeds(self._sampler(seed), first_step)
-
-    def evaluate(self, state: TrainState) -> Sums:
-        """Returns the sums of the task over the evaluation split, as NumPy arrays."""
-        return jax.device_get(self._evaluate(eval_params(state)))
-
-    def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
-        """Returns the predictions of the task.
-
-        Args:
-          state: the state, whose average is used if there is one.
-          images: stored images, uint8 (batch, height, width, channels).
-        """
-
-        @jax.jit
-        def predict(params: Tree, images: jax.Array) -> jax.Array:
-            return self.task.predict(self._networks(params), images)
-
-        # Every process predicts with all parameters.
-        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))
-        params = jax.device_get(whole(eval_params(state)))
-        return np.asarray(predict(params, images))
-
-    def _networks(self, params: tuple[Tree, Tree]) -> Networks:
-        return eval_networks(self.graphdefs, *params)
 
     @property
     def _lengths(self) -> dict[str, int]:
@@ -244,15 +180,120 @@ class Program:
             shardings,
         )
 
-    def _new_log(self) -> EpochLog:
-        shapes = self.abstract_state.log
-        log: EpochLog = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return log._replace(bad_step=log.bad_step - 1)
-
     def _batch(self, loader: Loader, feed: Any, step: jax.Array) -> Any:
         """Makes a batch, of which each device computes its part."""
         sharding = NamedSharding(self.mesh, P("data"))
         return jax.lax.with_sharding_constraint(loader.batch(feed, step), sharding)
+
+
+class Program(Plan):
+    """A compiled run, which trains and evaluates from any seed.
+
+    Attributes:
+      train_step: the compiled step (state, feed) -> state; it donates the state.
+      compile_seconds: time that it took to trace and compile the step, in seconds.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainingConfig,
+        *,
+        train_loader: Loader,
+        eval_loader: Loader,
+        mesh: Mesh,
+    ):
+        """Compiles the step.
+
+        Args:
+          task: the task to train.
+          config: the settings of the run.
+          train_loader: loads training examples onto the devices of the mesh.
+          eval_loader: loads evaluation examples onto the devices of the mesh.
+          mesh: the devices.
+
+        Raises:
+          UsageError: if a batch is larger than the training split, or cannot be shared
+            by the devices.
+        """
+        start = time.perf_counter()
+        super().__init__(task, config, train_loader=train_loader, mesh=mesh)
+        self._eval_loader = eval_loader
+        self.train_step = self.step.lower(
+            self.abstract_state, self.abstract_feed
+        ).compile()
+        self._empty_log = jax.jit(self._new_log, out_shardings=self._shardings.log)
+        self._evaluate = self._make_evaluation()
+        self.compile_seconds = time.perf_counter() - start
+
+    def init_state(
+        self, seed: int, show: Callable[[str], None] = lambda _: None
+    ) -> TrainState:
+        """Returns the state before the first step.
+
+        Args:
+          seed: determines the parameters, and the keys of all that is random.
+          show: called with a line about pretrained weights, if there are any.
+        """
+        # Not jitted: operation by operation, it compiles programs that all runs share.
+        keys = _split_key(seed)
+        networks = self.task.create_networks(nnx.Rngs(keys.params))
+        if about_weights := self.task.load_weights(networks):
+            show(about_weights)
+        trainables = self._trainables(networks, keys.techniques)
+        state = init_state(
+            networks, trainables, keys.augmentation, ema_decay=self.config.ema
+        )
+        return put(state._replace(log=self._new_log()), self._shardings)
+
+    def names_of(self, metric: str) -> tuple[str, ...]:
+        """Returns the names of a metric in the records.
+
+        If there are several networks, the training metric of each begins with the name
+        of the network. The last name is the metric itself, for scores of evaluations.
+        """
+        several = self.graphdefs if len(self.graphdefs) > 1 else ()
+        return (*(f"{name}_{metric}" for name in several), metric)
+
+    def clear_log(self, state: TrainState) -> TrainState:
+        """Returns the state with an empty log, for a new epoch."""
+        return state._replace(log=self._empty_log())
+
+    def feeds(self, seed: int, first_step: int = 0) -> Generator[Any]:
+        """Yields the input of each step, from `first_step` on and without end."""
+        return self._train_loader.feeds(self._sampler(seed), first_step)
+
+    def evaluate(self, state: TrainState) -> Sums:
+        """Returns the sums of the task over the evaluation split, as NumPy arrays.
+
+        Integers are added up in int64 and floats in float64, so no count is too large.
+        """
+        return self._evaluate(eval_params(state))
+
+    def predict(self, state: TrainState, images: np.ndarray) -> np.ndarray:
+        """Returns the predictions of the task.
+
+        Args:
+          state: the state, whose average is used if there is one.
+          images: stored images, uint8 (batch, height, width, channels).
+        """
+
+        @jax.jit
+        def predict(params: Tree, images: jax.Array) -> jax.Array:
+            return self.task.predict(self._networks(params), images)
+
+        # Every process predicts with all parameters.
+        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))
+        params = jax.device_get(whole(eval_params(state)))
+        return np.asarray(predict(params, images))
+
+    def _networks(self, params: tuple[Tree, Tree]) -> Networks:
+        return eval_networks(self.graphdefs, *params)
+
+    def _new_log(self) -> EpochLog:
+        shapes = self.abstract_state.log
+        log: EpochLog = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return log._replace(bad_step=log.bad_step - 1)
 
     def _make_evaluation(self) -> Callable[[Tree], Sums]:
         loader, num_shards = self._eval_loader, self.mesh.shape["data"]
@@ -268,19 +309,29 @@ class Program:
             return self.task.evaluate(networks, batch, sampler.weights(step))
 
         everywhere = replicated(self.mesh)
-        first: Callable[..., Sums] = jax.jit(evaluate_batch, out_shardings=everywhere)
-        add = jax.jit(optax.tree.add, donate_argnums=0, out_shardings=everywhere)
+        sums_of: Callable[..., Sums] = jax.jit(evaluate_batch, out_shardings=everywhere)
 
         def evaluate(params: Tree) -> Sums:
             total: Sums = {}
+            in_flight: list[Sums] = []
             for step, feed in itertools.islice(feeds, sampler.steps_before(1)):
-                sums = first(params, feed, step)
-                total = add(total, sums) if total else sums
-                if step % STEPS_IN_FLIGHT == 0:
-                    jax.block_until_ready(total)
-            return total
+                in_flight.append(sums_of(params, feed, step))
+                if len(in_flight) == STEPS_IN_FLIGHT:
+                    total, in_flight = _add_on_host(total, in_flight), []
+            return _add_on_host(total, in_flight)
 
         return evaluate
+
+
+def _add_on_host(total: Sums, batches: Sequence[Sums]) -> Sums:
+    """Adds the sums of some batches to a total, in int64 and float64."""
+    for sums in jax.device_get(batches):
+        wide = {
+            name: x.astype(np.int64 if jnp.issubdtype(x.dtype, jnp.integer) else float)
+            for name, x in sums.items()
+        }
+        total = {name: total.get(name, 0) + x for name, x in wide.items()}
+    return total
 
 
 def open_program(

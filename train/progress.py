@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import (
@@ -13,10 +13,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.segment import Segment
 from rich.table import Column
+
+from train.names import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 _WIDE = 100
+
+
+class _PrintableConsole(Console):
+    """A console on which only rich itself moves the cursor."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **kwargs):
+            if segment.control is None:
+                segment = segment._replace(text=printable(segment.text))
+            yield segment
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -27,7 +40,7 @@ def make_console(*, quiet: bool = False) -> Console:
     Args:
       quiet: whether it prints nothing.
     """
-    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+    return _PrintableConsole(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
 
 class Reporter:

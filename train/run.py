@@ -9,12 +9,11 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
@@ -23,22 +22,20 @@ from train import plots
 from train.config import TrainingConfig
 from train.data import Dataset
 from train.data.dataset import describe
-from train.errors import UsageError
+from train.errors import NonFiniteLossError, UsageError
 from train.intervals import mean_interval
-from train.output.checkpoints import Checkpoints
-from train.output.preemption import PreemptedError, preemption
+from train.output.checkpoints import CheckpointWriter, checkpoint_steps, find_checkpoint
 from train.output.run_folder import RunFolder, open_run_folder
 from train.output.tensorboard import TensorBoard
-from train.parallel import put, replicated
+from train.parallel import check_same_settings
 from train.program import STEPS_IN_FLIGHT, Program, open_program
 from train.progress import Reporter, make_console, shown_on, silent
+from train.signals import StoppedError, graceful
 from train.step import Record, TrainState
 from train.tasks.base import Sums
 
 EPOCHS = "metrics.jsonl"
 STEPS = "steps.jsonl"
-SUMMARY = "summary.json"
-DATASET = "dataset.json"
 CURVES = "curves.png"
 
 # The number of examples whose predictions are drawn.
@@ -50,22 +47,14 @@ def checkpoint_folder(folder: Path, seed: int) -> Path:
     return folder / "checkpoints" / f"seed{seed}"
 
 
+def checkpoint_seeds(folder: Path) -> list[int]:
+    """Returns the seeds that have a folder of checkpoints, in increasing order."""
+    names = [path.name for path in (folder / "checkpoints").glob("seed*")]
+    numbers = [name.removeprefix("seed") for name in names]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
 ######## The training loop of one seed ################################################
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or the parameters are no longer finite.
-
-    Attributes:
-      step: the first step whose loss or parameters were not finite.
-    """
-
-    def __init__(self, seed: int, step: int, epoch: int):
-        super().__init__(
-            f"the loss of seed {seed} is not finite at step {step} (epoch {epoch}): "
-            "lower the learning rate, or clip the gradient"
-        )
-        self.step = step
 
 
 class Callbacks:
@@ -170,7 +159,11 @@ def _step_record(
         "epoch": epoch,
         "step": step,
         **_learning_rates(program, step),
-        **{f"train_{key}": float(value) for key, value in log.latest.items()},
+        **{
+            f"train_{key}": float(x)
+            for key, x in log.latest.items()
+            if key not in log.sums or not np.isnan(x)  # a mean of nothing, no labels
+        },
     }
 
 
@@ -185,13 +178,14 @@ def _epoch_record(
     """Returns the mean metrics of an epoch and the scores of its evaluation."""
     log = jax.device_get(state.log)
     step, split = program.steps_before(epoch), program.config.data.eval_split
-    means = {key: total / log.steps for key, total in log.sums.items()}
+    means = {k: total / count for k, (total, count) in log.sums.items() if count}
+    latest = {k: x for k, x in log.latest.items() if k not in log.sums}
     return {
         "seed": seed,
         "epoch": epoch,
         "step": step,
         **_learning_rates(program, step),
-        **{f"train_{key}": float(x) for key, x in (log.latest | means).items()},
+        **{f"train_{key}": float(x) for key, x in (latest | means).items()},
         **{f"{split}_{key}": float(x) for key, x in scores.items()},
         "seconds": seconds,
     }
@@ -232,7 +226,7 @@ def run(
       RunFolderError: if the folder cannot be used; raised before training.
       CheckpointError: if a checkpoint cannot be written, or none can be read.
       NonFiniteLossError: if the loss is no longer finite.
-      PreemptedError: if the process was told to end.
+      StoppedError: if a signal told the process to end.
     """
     is_first = jax.process_index() == 0
     console = console or make_console(quiet=not is_first)
@@ -241,34 +235,43 @@ def run(
         raise UsageError(
             "run_dir must be set for several processes, to a folder that all can see"
         )
+    settings = {"task": config.task, **dataclasses.asdict(config)}
+    check_same_settings(settings | {"run_dir": run_dir, "resume": resume})
 
     # Open the folder.
     with open_run_folder(
         run_dir,
         f"{config.task}-{config.data.dataset}",
-        {"task": config.task, **dataclasses.asdict(config)},
+        settings,
         resume=resume,
         writes=is_first,
     ) as folder:
-        if (folder.path / SUMMARY).exists():
+        if folder.is_finished():
             console.print(f"{folder.path} already holds this run, finished")
             return _by_epoch(folder.read(EPOCHS))
 
         # Load the data and compile the step.
         program, dataset = open_program(config, progress)
-        folder.start()
-        folder.write(DATASET, describe(dataset))
 
         # Train one seed after the other.
-        records: list[Record] = []
+        outputs: list[SeedOutput] = []
+        described = describe(dataset)
         total = config.seeds * program.steps_before(config.epochs)
-        with progress("training", total) as reporter, preemption() as preempted:
+        with progress("training", total) as reporter, graceful() as stopped:
             for seed in config.all_seeds:
-                output = SeedOutput(program, seed, folder, reporter, preempted)
-                state, sums = output.train(warn=console.print)
-                records += output.records
+                output = SeedOutput(program, described, seed, folder, reporter, stopped)
+                has_begun = output.restore(console.print)
+                if folder.is_started and not has_begun and not outputs:
+                    console.print(f"seed {seed} has no checkpoint yet: it starts anew")
+                outputs.append(output)
+                if seed == config.seed:  # whatever may be wrong has been seen by now
+                    folder.start()
+                folder.replace(EPOCHS, [r for each in outputs for r in each.epochs])
+                folder.replace(STEPS, [r for each in outputs for r in each.steps])
+                state, sums = output.train(console.print)
                 if seed == config.seed:
                     first_state, first_sums = state, sums
+        records = [record for output in outputs for record in output.epochs]
 
         # Draw the curves of all seeds, and predictions of the first one.
         _draw(program, dataset, folder, records, first_state, first_sums)
@@ -276,7 +279,7 @@ def run(
         # Summarize.
         if folder.writes:
             summary = summarize(program, records)
-            folder.write(SUMMARY, summary)
+            folder.finish(summary)
             console.print(
                 f"{config.data.eval_split} {_score(program, _last(records))} "
                 f"after {program.steps_before(config.epochs)} steps in "
@@ -293,38 +296,74 @@ def _by_epoch(records: Sequence[Record]) -> list[Record]:
 class SeedOutput(Callbacks):
     """Trains one seed, writes its metrics and checkpoints, and shows its progress.
 
-    Attributes:
-      records: the metrics of its epochs so far.
-      checkpoints: the checkpoints of the seed, which are open during `train`.
-    """
+    Where the seed stands is what its last checkpoint says. The records in the run
+    folder are written for people to read, and made again from the checkpoint.
 
-    checkpoints: Checkpoints
+    Attributes:
+      epochs: the metrics of its epochs so far.
+      steps: the metrics of its logged steps so far.
+    """
 
     def __init__(
         self,
         program: Program,
+        described: Mapping[str, Any],
         seed: int,
         folder: RunFolder,
         reporter: Reporter,
-        preempted: Callable[[], bool],
+        stopped: Callable[[], int],
     ):
-        """Opens nothing yet; `train` does.
+        """Opens nothing yet.
 
         Args:
           program: the compiled run.
+          described: the description of the dataset, for checkpoints.
           seed: the seed to train.
           folder: the run folder to write to.
           reporter: shows progress.
-          preempted: returns whether the process was told to end.
+          stopped: returns the number of the signal that told the process to end, or 0.
         """
-        self.records: list[Record] = []
+        self.epochs: list[Record] = []
+        self.steps: list[Record] = []
         self._program, self._config = program, program.config
+        self._described = described
         self._seed, self._folder = seed, folder
-        self._reporter, self._preempted = reporter, preempted
-        self._last_save = time.monotonic()
+        self._reporter, self._stopped = reporter, stopped
+        self._seconds = 0.0
+        self._state: TrainState | None = None
+        self._checkpoint: int | None = None
+        self._tensorboard: TensorBoard | None = None
+
+    def restore(self, show: Callable[[str], None]) -> bool:
+        """Reads the last checkpoint, or makes the state before the first step.
+
+        Args:
+          show: called with a line about where training goes on, and with a line for
+            each warning.
+
+        Returns:
+          Whether there is a checkpoint.
+        """
+        name = f"seed {self._seed}"
+        identity = {"config": self._folder.config, "seed": self._seed}
+        found = find_checkpoint(self._checkpoints, warn=show, identity=identity)
+        if found is None:
+            is_first = self._seed == self._config.seed  # of seeds with the same weights
+            self._state = self._program.init_state(
+                self._seed, show if is_first else lambda _: None
+            )
+            return False
+        total = self._program.steps_before(self._config.epochs)
+        show(f"{name} goes on from step {found.step} of {total}")
+        self._state = found.read(self._program.abstract_state)
+        self._checkpoint = found.step
+        self.epochs, self.steps = found.about["epochs"], found.about["steps"]
+        self._seconds = found.about["seconds"]
+        self._reporter.advance(found.step)
+        return True
 
     def train(self, warn: Callable[[str], None]) -> tuple[TrainState, Sums | None]:
-        """Trains to the last epoch, from the last checkpoint if there is one.
+        """Trains to the last epoch, after `restore`.
 
         Args:
           warn: called with a line for each warning.
@@ -332,52 +371,46 @@ class SeedOutput(Callbacks):
         Returns:
           The last state and the sums of the last evaluation, as from `train_seed`.
         """
-        folder = self._folder
+        path = self._folder.path
+        self._writer = CheckpointWriter(self._checkpoints, saved=self._checkpoint)
+        self._last_save = time.monotonic()
         with contextlib.ExitStack() as stack:
-            self.checkpoints = stack.enter_context(
-                Checkpoints(checkpoint_folder(folder.path, self._seed))
-            )
-            state, seconds = self._restore(warn)
-            self._reporter.advance(int(state.step))
-            self._tensorboard = None
-            if folder.writes:
-                first_step = self._program.steps_before(len(self.records))
-                tensorboard = TensorBoard(
-                    folder.path, self._seed, first_step=first_step
-                )
+            if self._folder.writes:
+                first_step = self._program.steps_before(len(self.epochs))
+                tensorboard = TensorBoard(path, self._seed, first_step=first_step)
                 self._tensorboard = stack.enter_context(tensorboard)
+            state, self._state = self._state, None  # it is donated
             try:
-                trained = train_seed(
+                return train_seed(
                     self._program,
                     self._seed,
                     self,
                     state=state,
-                    finished_epochs=len(self.records),
-                    seconds=seconds,
+                    finished_epochs=len(self.epochs),
+                    seconds=self._seconds,
                 )
             except NonFiniteLossError:
-                self.checkpoints.wait()
-                for step in self.checkpoints.steps()[-1:]:
-                    warn(
-                        f"the last good state is kept: checkpoint {step} in "
-                        f"{folder.path}"
-                    )
+                for step in checkpoint_steps(self._checkpoints)[-1:]:
+                    warn(f"the last good state is kept: checkpoint {step} in {path}")
                 raise
-            self.checkpoints.wait()
-            return trained
+
+    @property
+    def _checkpoints(self) -> Path:
+        return checkpoint_folder(self._folder.path, self._seed)
 
     def on_steps(self, state: TrainState, count: int, seconds: float) -> None:
         """Shows progress, and saves if the process was told to end."""
         self._reporter.advance(count)
-        self._end_if_preempted(state, seconds)
+        self._end_if_stopped(state, seconds)
 
     def on_log(self, record: Record) -> None:
         """Writes the metrics of a step."""
+        self.steps.append(record)
         self._write(STEPS, "step", record)
 
     def on_epoch(self, state: TrainState, record: Record) -> None:
         """Writes and shows the metrics of an epoch, and saves when it is due."""
-        self.records.append(record)
+        self.epochs.append(record)
         self._write(EPOCHS, "epoch", record)
         self._reporter.describe(_progress_line(self._program, record))
         waited = time.monotonic() - self._last_save
@@ -386,32 +419,7 @@ class SeedOutput(Callbacks):
         # The clocks of processes differ.
         if multihost_utils.broadcast_one_to_all(np.array(is_due)):
             self._save(state, record["seconds"])
-        self._end_if_preempted(state, record["seconds"])
-
-    def _restore(self, warn: Callable[[str], None]) -> tuple[TrainState, float]:
-        """Returns the state to start from and its time, and drops later records.
-
-        The time is the one that the steps of the epoch have taken so far, in seconds.
-        """
-        whole = replicated(self._program.mesh)
-        seconds_like = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-        like = (self._program.abstract_state, seconds_like)
-        found = self.checkpoints.restore(like, warn=warn)
-        if found is None:
-            step, state, seconds = 0, self._program.init_state(self._seed), 0.0
-        else:
-            step, (state, saved_seconds) = found
-            seconds = float(saved_seconds)
-        for name in (EPOCHS, STEPS):
-            kept = [
-                record
-                for record in self._folder.read(name)
-                if record["seed"] != self._seed or record["step"] <= step
-            ]
-            self._folder.replace(name, kept)
-            if name == EPOCHS:
-                self.records = [r for r in kept if r["seed"] == self._seed]
-        return state, seconds
+        self._end_if_stopped(state, record["seconds"])
 
     def _write(self, name: str, kind: str, record: Record) -> None:
         self._folder.append(name, record)
@@ -419,20 +427,27 @@ class SeedOutput(Callbacks):
             self._tensorboard.add(kind, record)
 
     def _save(self, state: TrainState, seconds: float) -> None:
-        whole = replicated(self._program.mesh)
-        saved_seconds = put(np.float32(seconds), whole)
-        self.checkpoints.save(int(state.step), (state, saved_seconds))
+        about = {
+            "config": self._folder.config,
+            "seed": self._seed,
+            "dataset": self._described,
+            "seconds": seconds,
+            "epochs": self.epochs,
+            "steps": self.steps,
+        }
+        self._writer.save(int(state.step), state, about)
         self._last_save = time.monotonic()
 
-    def _end_if_preempted(self, state: TrainState, seconds: float) -> None:
+    def _end_if_stopped(self, state: TrainState, seconds: float) -> None:
         # Every process checks, so that all end at the same step.
-        if not self._preempted() or len(self.records) == self._config.epochs:
+        signal = self._stopped()
+        if not signal or len(self.epochs) == self._config.epochs:
             return
         self._save(state, seconds)
-        self.checkpoints.wait()
-        raise PreemptedError(
+        raise StoppedError(
             f"told to end: saved seed {self._seed} after {int(state.step)} steps to "
-            f"{self._folder.path}; the same command goes on from there"
+            f"{self._folder.path}; the same command goes on from there",
+            signal,
         )
 
 
@@ -448,7 +463,8 @@ def summarize(program: Program, records: Sequence[Record]) -> dict[str, Any]:
     """
     config = program.config
     last = _last(records)
-    means = {k: _mean(last, k) for k in last[0] if k not in ("seconds", "seed")}
+    names = set.intersection(*map(set, last)) - {"seconds", "seed"}
+    means = {name: _mean(last, name) for name in last[0] if name in names}
     steps = program.steps_before(config.epochs)
     summary: dict[str, Any] = {
         **means,

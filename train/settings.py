@@ -31,6 +31,7 @@ from pydantic_core import core_schema
 from tyro.constructors import PrimitiveConstructorSpec
 
 from train.errors import UsageError
+from train.names import did_you_mean
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -71,7 +72,7 @@ def settings(cls: type[T]) -> type[T]:
         try:
             construct(self, **values)
         except pydantic.ValidationError as error:
-            _refuse(UsageError(_explain(error)))
+            refuse(UsageError(_explain(error)))
 
     checked.__init__ = __init__
     return cast(type[T], checked)
@@ -94,7 +95,8 @@ def wrong_settings_exit() -> Iterator[None]:
 _exits = contextvars.ContextVar("_exits", default=False)
 
 
-def _refuse(error: UsageError) -> NoReturn:
+def refuse(error: UsageError) -> NoReturn:
+    """Raises an error, or ends the process within `wrong_settings_exit`."""
     if _exits.get():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -146,7 +148,7 @@ def _explain(error: pydantic.ValidationError) -> str:
 def _explain_one(problem: Any) -> str:
     if problem["type"] == "value_error":  # raised by the settings' own checks
         return str(problem["ctx"]["error"])
-    name = ".".join(map(str, problem["loc"]))
+    name = ".".join(map(str, problem["loc"])) or "config"
     if problem["type"] == "unexpected_keyword_argument":
         return f"there is no setting {name!r}"
     message = problem["msg"]
@@ -163,9 +165,9 @@ class Choice(PrimitiveConstructorSpec[str]):
     >>> @settings
     ... class Config:
     ...     optimizer: Annotated[str, Choice("optimizer", ("sgd", "adam"))] = "sgd"
-    >>> Config(optimizer="adan")
+    >>> Config(optimizer="ad")
     Traceback (most recent call last):
-    train.errors.UsageError: unknown optimizer 'adan'; known: sgd, adam
+    train.errors.UsageError: unknown optimizer 'ad'; did you mean adam? known: sgd, adam
     """
 
     def __init__(self, what: str, known: Iterable[str]):
@@ -179,14 +181,19 @@ class Choice(PrimitiveConstructorSpec[str]):
         super().__init__(
             nargs=1,
             metavar="{" + ",".join(names) + "}",
-            instance_from_str=lambda arguments: arguments[0],
+            instance_from_str=lambda arguments: parse(arguments[0]),
             is_instance=lambda value: isinstance(value, str),
             str_from_instance=lambda value: [value],
-            choices=tuple(names),
         )
 
         def check(name: str) -> str:
             return _check_name(what, name, names)
+
+        def parse(name: str) -> str:
+            try:
+                return check(name)
+            except UsageError as error:
+                refuse(error)
 
         object.__setattr__(self, "_check", check)  # the base class is frozen
 
@@ -232,6 +239,26 @@ def _split_commas(arguments: list[str]) -> tuple[str, ...]:
 
 def _check_name(what: str, name: str, known: Mapping[str, str]) -> str:
     if name not in known:
-        listed = ("; " if "(" in "".join(known.values()) else ", ").join(known.values())
-        raise UsageError(f"unknown {what} {name!r}; known: {listed}")
+        raise unknown_name(what, name, known, known.values())
     return name
+
+
+def unknown_name(
+    what: str, name: str, known: Iterable[str], shown: Iterable[str] | None = None
+) -> UsageError:
+    """Returns the error for a name that is not known, which suggests similar ones.
+
+    >>> str(unknown_name("color", "gren", ["green", "blue"]))
+    "unknown color 'gren'; did you mean green? known: green, blue"
+
+    Args:
+      what: the kind of thing that is named.
+      name: the name.
+      known: the names that are known.
+      shown: how the message shows each of them; the names if unset.
+    """
+    known = list(known)
+    shown = known if shown is None else list(shown)
+    listed = ("; " if any("(" in text for text in shown) else ", ").join(shown)
+    guess = did_you_mean(name, known)
+    return UsageError(f"unknown {what} {name!r}; {guess}known: {listed}")

@@ -1,6 +1,7 @@
 """The training step: the state of a run, and the pure function that advances it."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 import models
+import optax_tricks
 from optax_tricks.nnx import batch_gradients, split
-from train.tasks.base import Batch, Metrics, Networks, Task
+from train.tasks.base import Batch, Metrics, Networks, SumAndCount, Task
 
 Tree = Any
 Scalar: TypeAlias = Float[Array, ""]
@@ -23,16 +25,15 @@ class EpochLog(NamedTuple):
     """The metrics of the steps of an epoch so far.
 
     Attributes:
-      sums: losses and metrics, float32 (), added up over the steps.
-      latest: all scalars of the latest step.
-      steps: number of steps, int32 ().
+      sums: losses and metrics, each a pair of float32 (): the sum over the steps, and
+        the number of steps whose batch had something to count.
+      latest: all scalars of the latest step; NaN for those of nothing.
       bad_step: the first step whose loss or parameters were not finite, int32 (); -1
         for none.
     """
 
-    sums: dict[str, Scalar]
+    sums: dict[str, SumAndCount]
     latest: dict[str, Scalar]
-    steps: Int[Array, ""]
     bad_step: Int[Array, ""]
 
 
@@ -43,7 +44,8 @@ class TrainState(NamedTuple):
       params: parameters of each network.
       model_state: all other state of each network.
       opt_state: optimizer state of each network.
-      ema: moving average of (params, model_state); () if there is none.
+      ema: moving average of (params, model_state) after each step so far, without the
+        values before the first step; () if there is none.
       step: number of steps taken, int32 ().
       key: the PRNG key of the augmentation.
       log: the metrics of the epoch so far.
@@ -62,13 +64,14 @@ class StepMetrics(NamedTuple):
     """The scalars of one step.
 
     Attributes:
-      averaged: losses and metrics, which an epoch averages.
+      averaged: losses and metrics, which an epoch averages: the mean over the batch and
+        1, or 0 and 0 if the batch had nothing to count, such as labeled pixels.
       latest: norms and scalars of the optimizer states; an epoch keeps the values of
         its latest step.
       is_finite: whether all losses and parameters are finite, bool ().
     """
 
-    averaged: dict[str, Scalar]
+    averaged: dict[str, SumAndCount]
     latest: dict[str, Scalar]
     is_finite: Bool[Array, ""]
 
@@ -112,7 +115,7 @@ def make_train_step(
     def train_network(
         name: str, state: TrainState, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        def loss_fn(model: models.Network, batch: Batch) -> tuple[Scalar, Metrics]:
+        def loss_fn(model: models.Network, batch: Batch) -> tuple[SumAndCount, Metrics]:
             networks = {
                 other: model
                 if other == name
@@ -121,7 +124,8 @@ def make_train_step(
                 )
                 for other, trainable in trainables.items()
             }
-            return task.loss(name, networks, batch)
+            loss, metrics = task.loss(name, networks, batch)
+            return loss, metrics | {"loss": loss}
 
         graphdef, tx, logged = trainables[name]
         params = state.params[name]
@@ -142,15 +146,16 @@ def make_train_step(
             model_state=state.model_state | {name: out.model_state},
             opt_state=state.opt_state | {name: opt_state},
         )
-        ratios = {key: total / count for key, (total, count) in out.aux.items()}
-        norms = {
-            "gradient_norm": optax.tree.norm(out.grads),
-            "update_norm": optax.tree.norm(updates),
-            "parameter_norm": optax.tree.norm(params),
-        }
+        averaged = {key: _mean_of_step(*pair) for key, pair in out.aux.items()}
+        norms = dict(
+            zip(
+                ("gradient_norm", "update_norm", "parameter_norm"),
+                optax_tricks.global_norms(out.grads, updates, params),
+                strict=True,
+            )
+        )
         is_finite = jnp.isfinite(jnp.stack([out.loss, norms["parameter_norm"]])).all()
         scalars = {field: optax.tree.get(opt_state, field) for field in logged}
-        averaged = {"loss": out.loss, **ratios}
         return state, StepMetrics(averaged, norms | scalars, is_finite)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -165,7 +170,8 @@ def make_train_step(
                 metrics.is_finite & found.is_finite,
             )
         if ema_decay:
-            move = functools.partial(_moving_average, weight=1 - ema_decay)
+            weight = _weight_of_latest(ema_decay, state.step + 1)
+            move = functools.partial(_moving_average, weight=weight)
             new = (state.params, state.model_state)
             state = state._replace(ema=jax.tree.map(move, state.ema, new))
         return state._replace(step=state.step + 1), metrics
@@ -173,7 +179,17 @@ def make_train_step(
     return train_step
 
 
-def _moving_average(old: jax.Array, new: jax.Array, weight: float) -> jax.Array:
+def _weight_of_latest(decay: float, steps: Int[Array, ""]) -> Scalar:
+    """Returns the weight of the latest of `steps` values in their moving average.
+
+    The value of k steps ago has the weight decay**k / (1 + ... + decay**(steps - 1)).
+    This is the bias correction of Adam and `optax.ema`, applied at each step: the first
+    value replaces the one before training, and long runs have the weight 1 - decay.
+    """
+    return (1 - decay) / -jnp.expm1(steps * math.log(decay))
+
+
+def _moving_average(old: jax.Array, new: jax.Array, weight: Scalar) -> jax.Array:
     """Moves floating-point arrays by `weight`, and replaces counters and keys."""
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return new
@@ -238,7 +254,7 @@ def eval_networks(
 def empty_log(metrics: StepMetrics) -> EpochLog:
     """Returns the log before the first step, for steps that return such metrics."""
     averaged, latest = optax.tree.zeros_like((metrics.averaged, metrics.latest))
-    return EpochLog(averaged, averaged | latest, jnp.int32(0), jnp.int32(-1))
+    return EpochLog(averaged, _values(averaged) | latest, jnp.int32(-1))
 
 
 def add_to_log(log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]) -> EpochLog:
@@ -246,7 +262,20 @@ def add_to_log(log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]) -> Epo
     is_first_bad = (log.bad_step < 0) & ~metrics.is_finite
     return EpochLog(
         sums=optax.tree.add(log.sums, metrics.averaged),
-        latest=metrics.averaged | metrics.latest,
-        steps=log.steps + 1,
+        latest=_values(metrics.averaged) | metrics.latest,
         bad_step=jnp.where(is_first_bad, step, log.bad_step),
     )
+
+
+def _mean_of_step(total: Scalar, count: Scalar) -> SumAndCount:
+    is_known = count > 0
+    mean = jnp.where(is_known, total / jnp.where(is_known, count, 1), 0)
+    return mean, is_known.astype(jnp.float32)
+
+
+def _values(averaged: Mapping[str, SumAndCount]) -> dict[str, Scalar]:
+    """Returns the means of a step, with NaN for those of nothing."""
+    return {
+        key: jnp.where(is_known > 0, value, jnp.nan).astype(value.dtype)
+        for key, (value, is_known) in averaged.items()
+    }

@@ -3,6 +3,7 @@
 What a process does is here: to import this module does not start JAX's backend.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from flax import nnx
 
 import models
 import train.__main__ as command_line
-from train import run
+from train import program, run, signals
 from train.run import checkpoint_folder
 
 # Two seeds, three epochs of two steps each, and a checkpoint after each epoch.
@@ -48,9 +49,24 @@ def create_small(name, *, rngs, dtype, in_channels, num_classes):
 
 def train(folder, *more):
     """What a process does: the command, with a small network."""
+    signals.listen()
     models.create = create_small
     sys.argv = ["train", *COMMAND, f"--run-dir={folder}", *more]
     command_line.main()
+
+
+def train_again(folder):
+    """Trains as `train` does, with the compiled program of earlier runs of the process.
+
+    The program knows nothing of a run: only its state and its feeds belong to a seed.
+    """
+    run.open_program = lambda config, progress: _program_of(config)
+    train(folder)
+
+
+@functools.cache
+def _program_of(config):
+    return program.open_program(config)
 
 
 def train_with_room_for_one(folder):
@@ -65,11 +81,30 @@ def train_with_room_for_one(folder):
     train(folder)
 
 
+def read(command, folder, *more):
+    """Predicts, exports or compares what a run has trained."""
+    signals.listen()
+    models.create = create_small
+    sys.argv = ["train", command, str(folder), *map(str, more)]
+    command_line.main()
+
+
 def train_part(folder, more, more_of_second, index, port):
     """What each of the processes does."""
     together = (f"--coordinator=localhost:{port}", "--num-processes=2")
     more = (*more, *(more_of_second if index else ()))
     train(folder, *more, *together, f"--process-id={index}")
+
+
+def lose_weights(folder, weights, index, port):
+    """Trains from weights that the second of two processes cannot read."""
+
+    def load_weights(*args, **kwargs):
+        raise FileNotFoundError("the weights are gone")
+
+    if index:
+        models.load_weights = load_weights
+    train_part(folder, (f"--weights={weights}",), (), index, port)
 
 
 def train_with_fast_clock(index, port):
@@ -82,8 +117,8 @@ def train_with_fast_clock(index, port):
     if index:
         run.time = types.SimpleNamespace(perf_counter=lambda: 1e6 * clock())
     recorder = Recorder()
-    program = make_program(mesh=make_mesh(), config={"batch_size": 2, "epochs": 1})
-    run.train_seed(program, 0, recorder)
+    made = make_program(mesh=make_mesh(), config={"batch_size": 2, "epochs": 1})
+    run.train_seed(made, 0, recorder)
     print(json.dumps([recorder.counts, without_seconds(recorder.epochs)]))
 
 
@@ -100,11 +135,11 @@ def last_step(folder, seed=0):
 
 def last_state(folder, seed=0):
     """Arrays of the last checkpoint by name, and its seconds."""
-    path = checkpoint_folder(folder, seed) / str(last_step(folder, seed)) / "state"
+    path = checkpoint_folder(folder, seed) / str(last_step(folder, seed))
+    about = json.loads((path / "about.json").read_text())
     with ocp.PyTreeCheckpointer() as checkpointer:
         names = checkpointer.metadata(path).item_metadata.tree
         args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
         arrays = checkpointer.restore(path, restore_args=args)
-    seconds = float(arrays.pop("[1]"))
     assert len(arrays) > 20
-    return arrays, seconds
+    return arrays, about["seconds"]

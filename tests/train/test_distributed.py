@@ -3,25 +3,28 @@
 import contextlib
 import json
 import signal
-import socket
 from functools import partial
 
 import numpy as np
 import pytest
+from flax import nnx
 
+import models
 from tests import failpoints
+from tests.shared import free_port
 from tests.train.small_runs import (
     EPOCHS,
     LAST_STEP,
+    SmallNetwork,
     last_state,
     last_step,
+    lose_weights,
     records,
     train,
     train_part,
     train_with_fast_clock,
 )
 from tests.train.small_tasks import without_seconds
-from train.output.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +32,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -109,7 +106,7 @@ def test_one_is_killed_and_they_go_on_to_the_same_numbers(
     assert ended[killed].code == -signal.SIGKILL
     # The other does not wait for ever.
     other = ended[1 - killed]
-    assert other.code not in (0, EXIT_CODE), other
+    assert other.code not in (0, 75), other
     assert not (folder / "summary.json").exists()
     assert assert_goes_on(folder, scratch, alone) >= 1
 
@@ -129,7 +126,7 @@ def test_one_is_told_to_end_and_they_go_on_to_the_same_numbers(
     action = failpoints.terminate_one_of_several
     ended = call(folder, scratch, points=(None, point), action=action)
     for one in ended:
-        assert one.code == EXIT_CODE, ended
+        assert one.code == 75, ended
         step = last_step(folder, seed)
         assert f"told to end: saved seed {seed} after {step} steps" in one.words
     assert 0 < step < LAST_STEP
@@ -137,12 +134,24 @@ def test_one_is_told_to_end_and_they_go_on_to_the_same_numbers(
     assert assert_goes_on(folder, scratch, alone) == before
 
 
-def test_one_that_cannot_go_on_ends_by_itself_and_the_others_do_too(tmp_path, scratch):
-    wrong = f"--weights={tmp_path / 'missing.safetensors'}"
-    first, second = call(tmp_path / "run", scratch, second=(wrong,))
+def test_processes_with_other_settings_do_not_train_together(tmp_path, scratch):
+    folder = tmp_path / "run"
+    for one in call(folder, scratch, second=("--learning-rate=0.9", "--ema=0.5")):
+        assert one.code == 1
+        named = "the processes have different settings: ema, optimizer.learning_rate;"
+        assert named in one.words
+    assert not folder.exists()
+
+
+def test_one_that_cannot_go_on_ends_and_so_does_the_other(tmp_path, scratch):
+    folder, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    models.save_weights(SmallNetwork(nnx.Rngs(0), 1, 10), weights)
+    with pair(partial(lose_weights, folder, weights), folder, scratch) as started:
+        first, second = [process.end() for process in started]
     assert second.code == 1
-    assert "error: weights: " in second.output
-    assert first.code not in (0, EXIT_CODE), first
+    assert "error: weights: the weights are gone" in second.words
+    assert first.code == 1
+    assert "error: process 1 has ended" in first.words
 
 
 def test_of_a_stream_each_reads_its_part_and_one_writes(tmp_path, scratch, alone):

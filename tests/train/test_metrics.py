@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.errors import UsageError
 from train.metrics import confusion_matrix, intersection_over_union, psnr, ssim
 
 
@@ -33,6 +34,18 @@ def test_confusion_matrix_holds_more_than_float32_can_count():
     full = jnp.full((1, 1), 2**24, jnp.int32)
     one = confusion_matrix(jnp.zeros(1, int), jnp.zeros(1, int), jnp.ones(1, bool), 1)
     assert (full + one).item() == 2**24 + 1
+
+
+def test_a_batch_that_int32_cannot_count_is_refused():
+    pixels = jax.ShapeDtypeStruct((2, 2**15, 2**15), jnp.uint8)
+    one_less = jax.ShapeDtypeStruct((2**31 - 1,), jnp.uint8)
+
+    def count(pixels):
+        return confusion_matrix(pixels, pixels, pixels < 2, 2)
+
+    assert jax.eval_shape(count, one_less).shape == (2, 2)
+    with pytest.raises(UsageError, match=r"2,147,483,648 pixels .* smaller batch_size"):
+        jax.eval_shape(count, pixels)
 
 
 def test_iou_of_a_confusion_matrix():

@@ -23,9 +23,8 @@ from train.data import load
 from train.data.config import DataConfig
 from train.data.loaders import GrainLoader, InMemoryLoader
 from train.data.samplers import RandomSampler
-from train.errors import UsageError
 from train.optim.techniques import TECHNIQUES
-from train.parallel import make_mesh, start_distributed, state_shardings
+from train.parallel import make_mesh, state_shardings
 from train.program import Program
 from train.run import train_seed
 from train.tasks import open_task
@@ -225,67 +224,3 @@ def assert_same_step(config):
     chex.assert_trees_all_close(many.log, one.log, rtol=1e-3)
     one, many = (without_keys(state.model_state) for state in (one, many))
     chex.assert_trees_all_close(many, one, rtol=1e-3, atol=1e-5)
-
-
-LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """What JAX is asked to join, outside of any launcher."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "several"),
-    [
-        ("SLURM_STEP_NUM_TASKS", "2", True),
-        ("SLURM_STEP_NUM_TASKS", "1", False),
-        ("SLURM_NTASKS", "2", False),  # in an allocation, but not started by srun
-        ("OMPI_COMM_WORLD_SIZE", "16", True),
-        ("OMPI_COMM_WORLD_SIZE", "", False),
-        ("TPU_WORKER_HOSTNAMES", "host0,host1", True),
-        ("TPU_WORKER_HOSTNAMES", "localhost", False),
-    ],
-)
-def test_launchers_are_recognized(monkeypatch, joined, name, value, several):
-    start_distributed(None, None, None)
-    assert joined == []
-    monkeypatch.setenv(name, value)
-    start_distributed(None, None, None)
-    assert joined == [(None, None, None)] * several
-
-
-def test_arguments_join_processes_without_a_launcher(joined):
-    start_distributed("host:1234", 2, 0)
-    assert joined == [("host:1234", 2, 0)]
-
-
-@pytest.mark.parametrize(
-    "arguments", [("host:1234", None, None), (None, 2, 0), ("host:1234", 2, None)]
-)
-def test_some_of_the_arguments_are_not_enough(joined, arguments):
-    with pytest.raises(UsageError, match="give all three, or none"):
-        start_distributed(*arguments)
-    assert joined == []
-
-
-@pytest.mark.parametrize("coordinator", ["host", "host:", "host:port", ":"])
-def test_a_coordinator_is_a_host_and_a_port(joined, coordinator):
-    with pytest.raises(UsageError, match=f"HOST:PORT, got '{coordinator}'"):
-        start_distributed(coordinator, 2, 0)
-    assert joined == []
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
-def test_what_jax_refuses_is_said_in_a_line(monkeypatch, kind):
-    def initialize(*arguments):
-        raise kind("the port is taken")
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(UsageError, match=r"cannot join the .*: the port is taken"):
-        start_distributed("localhost:1234", 2, 0)

@@ -249,7 +249,7 @@ def test_legends_hide_no_line(draw):
         assert legend.x1 <= axes.figure.bbox.x1
 
 
-def test_curves_of_three_seeds_and_their_mean(draw):
+def test_curves_of_three_seeds_and_their_mean(draw, figures):
     shuffled = RANDOM.permutation(records((0, 1, 5))).tolist()
     for axes, name in zip(draw(shuffled), ("loss", "accuracy"), strict=True):
         for part, dashes in (("train", "--"), ("test", "-")):
@@ -267,6 +267,7 @@ def test_curves_of_three_seeds_and_their_mean(draw):
             assert len({to_rgb(line.get_color()) for line in (mean, *thin)}) == 1
             assert mean.get_label() == f"{part} {name}"
         assert len(legend_of(axes)) == 2
+    assert figures[-1].get_suptitle() == "thin lines: 3 seeds; thick lines: their mean"
 
 
 def test_the_mean_is_drawn_where_all_seeds_have_a_value(draw):
@@ -363,6 +364,8 @@ def tick_labels(axis):
         ((2.0, NAN, 0.5), "log"),
         ((NAN, NAN, NAN), "linear"),
         ((2.302, 2.301, 2.3), "log"),  # less than a step from 1 to 2 to 5
+        ((1.8, 1.2, 0.9), "log"),  # one of the ticks at 1, 2 and 5
+        ((9.0, 4.0, 2.2), "log"),
         ((1e3, 1e-6, 1e-12), "log"),  # many decades
     ],
 )
@@ -591,6 +594,15 @@ def test_small_images_keep_crisp_pixels(path):
     assert pure.mean() > 0.99
 
 
+def test_white_images_have_visible_edges(path):
+    white = plain((255,) * 3, 40, 40)
+    plots.save_images({"input": [white], "output": [white]}, path)
+    drawn = read(path).min(axis=-1) < 250
+    assert (drawn.mean(axis=1) > 0.9).sum() >= 2  # upper and lower edges
+    sides = np.flatnonzero(drawn.mean(axis=0) > 0.8)
+    assert (np.diff(sides, prepend=-9) > 1).sum() == 4  # left and right edges of both
+
+
 def test_gray_and_color_images_of_any_size_share_a_sheet(path):
     found = [gray(90), plain(RED, 300, 500), plain(GREEN, 500, 300), plain(BLUE, 1, 1)]
     save_labeled(found, ["gray", "color", "color", "gray"], path, title="mixed")
@@ -619,6 +631,7 @@ def test_long_captions_are_cut_to_the_image(path):
     first, last = np.nonzero(gray_columns)[0][[0, -1]]
     gaps = ~gray_columns[first:last]
     assert gaps.sum() > 10
+    gaps[1:-1] &= gaps[:-2] & gaps[2:]  # without the edges of the images
     assert (long[:, first:last][:, gaps] == 255).all()
 
 

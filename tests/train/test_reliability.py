@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import signal
+import threading
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +19,18 @@ from tests.train.small_runs import (
     LAST_STEP,
     last_state,
     last_step,
+    read,
     records,
     train,
+    train_again,
     train_with_room_for_one,
 )
 from tests.train.small_tasks import without_seconds
-from train.output.preemption import EXIT_CODE
-from train.run import checkpoint_folder
+from train.errors import UsageError
+from train.output.checkpoints import checkpoint_steps, find_checkpoint
+from train.predict import export, load_run
+from train.progress import make_console
+from train.run import checkpoint_folder, checkpoint_seeds
 
 PARTS = 8  # of the slow tests, which pytest-xdist shares out
 
@@ -85,6 +93,13 @@ def pictures(folder):
     return found
 
 
+def test_the_documentation_counts_the_events(undisturbed):
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    (said,) = re.findall(r"(\d+)\s+file events", page)
+    whole = [point for point in undisturbed[1] if not point.startswith("half ")]
+    assert int(said) == len(whole)
+
+
 ######## Killed #######################################################################
 
 
@@ -94,11 +109,28 @@ def assert_goes_on(call, folder, undisturbed):
     assert_same_end(folder, undisturbed)
 
 
+def train_each(folder):
+    """Trains the run of each folder, one after the other."""
+    for path in sorted(folder.iterdir()):
+        train_again(path)
+
+
+def assert_all_go_on(call, folder, undisturbed):
+    """Goes on with many runs in one process, which has compiled their programs."""
+    ended = call(folder, work=train_each)
+    assert ended.code == 0, ended.output
+    for path in folder.iterdir():
+        print(f"went on: {path.name}")
+        assert_same_end(path, undisturbed)
+
+
 def assert_killed(call, folder, point):
     ended = call(folder, at=point)
     assert ended.code == -signal.SIGKILL, (point, ended.output)
     assert ended.points[-1] == point
-    assert not (folder / "summary.json").exists()
+    # The summary comes last, and after it only its name is brought to disk.
+    finished = "replace summary.json 1" in ended.points[:-1]
+    assert (folder / "summary.json").exists() == finished
 
 
 # In the order in which a run meets them, so that each time it goes further.
@@ -108,10 +140,10 @@ ONE_OF_EACH = (
     "mkdir checkpoints/seed0 1",
     "half append steps.jsonl 1",
     "fsync metrics.jsonl 1",
-    "finalize checkpoints/seed0/2.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp 1",
+    "finalize checkpoints/seed0/2.orbax-checkpoint-tmp 1",
     "rename checkpoints/seed0/2 1",
     "rename checkpoints/seed0/4 1",
-    "half rmtree checkpoints/seed0/2 1",
+    "half rmtree checkpoints/seed0/2.removed 1",
     "append steps.jsonl 4",
     "half savefig curves.png.part 1",
 )
@@ -137,11 +169,9 @@ def test_a_run_killed_at_any_point_ends_as_if_undisturbed(
     _, points = undisturbed
     assert len(points) > 100
     for number, point in enumerate(points[part::PARTS]):
-        print(f"killed before {point!r}")
-        folder = tmp_path / f"run{number}"
-        assert_killed(call, folder, point)
-        assert_goes_on(call, folder, undisturbed)
-        shutil.rmtree(folder)
+        print(f"killed before {point!r}: {number}")
+        assert_killed(call, tmp_path / str(number), point)
+    assert_all_go_on(call, tmp_path, undisturbed)
 
 
 # Within an epoch, within a save, between two seeds and after the last checkpoint.
@@ -156,31 +186,26 @@ KILLED_FIRST = (
 @pytest.mark.slow
 @pytest.mark.parametrize("first", KILLED_FIRST)
 def test_a_run_killed_twice_ends_as_if_undisturbed(call, tmp_path, undisturbed, first):
-    once = tmp_path / "once"
+    once, runs = tmp_path / "once", tmp_path / "runs"
     assert_killed(call, once, first)
-    shutil.copytree(once, tmp_path / "listed")
-    points = call(tmp_path / "listed").points
-    for number, second in enumerate(points[::5]):
-        print(f"killed before {first!r}, and then before {second!r}")
-        folder = tmp_path / f"run{number}"
+    shutil.copytree(once, runs / "listed")
+    points = call(runs / "listed").points
+    for number, second in enumerate(points[::10]):
+        print(f"killed before {first!r}, and then before {second!r}: {number}")
+        folder = runs / str(number)
         shutil.copytree(once, folder)
         assert_killed(call, folder, second)
-        assert_goes_on(call, folder, undisturbed)
-        shutil.rmtree(folder)
+    assert_all_go_on(call, runs, undisturbed)
 
 
-@pytest.mark.parametrize(
-    "point", ["half savefig confusion_matrix.png.part 1", "replace summary.json 1"]
-)
-def test_figures_are_drawn_though_all_steps_were_done(
-    call, tmp_path, undisturbed, point
-):
+def test_figures_are_drawn_though_all_steps_were_done(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)
     for path in [folder / "summary.json", *folder.glob("*.png")]:
         path.unlink()
-    assert_killed(call, folder, point)
-    before = records(folder)
+    for point in ("half savefig confusion_matrix.png.part 1", "replace summary.json 1"):
+        assert_killed(call, folder, point)
+        before = records(folder)
     assert_goes_on(call, folder, undisturbed)
     assert records(folder) == before  # nothing was trained again
 
@@ -188,21 +213,35 @@ def test_figures_are_drawn_though_all_steps_were_done(
 ######## Told to end ##################################################################
 
 
-def assert_told(call, folder, point, said):
-    ended = call(folder, at=point, action=failpoints.terminate)
-    assert ended.code == EXIT_CODE == 75, ended.output
+def assert_told(call, folder, point, said, action=failpoints.terminate, code=75):
+    ended = call(folder, at=point, action=action)
+    assert ended.code == code, ended.output
     assert f"told to end: {said} to {folder}; the same command goes on" in ended.words
     assert not (folder / "summary.json").exists()
 
 
-def test_told_to_end_within_an_epoch(call, tmp_path, undisturbed):
+def damage_records(folder):
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"train_loss"', '"train_lass"')[:-9])
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "harm"),
+    [
+        (failpoints.terminate, 75, lambda folder: None),
+        (failpoints.interrupt, 130, damage_records),
+    ],
+    ids=["terminated", "interrupted, and records damaged"],
+)
+def test_told_to_end_within_an_epoch(call, tmp_path, undisturbed, action, code, harm):
     folder = tmp_path / "run"
-    point = "append steps.jsonl 3"
-    assert_told(call, folder, point, "saved seed 0 after 3 steps")
+    said = "saved seed 0 after 3 steps"
+    assert_told(call, folder, "append steps.jsonl 3", said, action, code)
     assert last_step(folder) == 3
     assert [record["step"] for record in records(folder, "steps.jsonl")] == [1, 2, 3]
     _, seconds = last_state(folder)
     before = records(folder)
+    harm(folder)
     assert_goes_on(call, folder, undisturbed)
     assert records(folder)[:1] == before
     # Those of the whole epoch, of which one step came before and one after.
@@ -212,8 +251,7 @@ def test_told_to_end_within_an_epoch(call, tmp_path, undisturbed):
 @pytest.mark.slow
 def test_told_to_end_at_the_end_of_the_steps_of_an_epoch(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
-    point = "append steps.jsonl 4"
-    assert_told(call, folder, point, "saved seed 0 after 4 steps")
+    assert_told(call, folder, "append steps.jsonl 4", "saved seed 0 after 4 steps")
     assert len(records(folder)) == 1
     _, seconds = last_state(folder)
     assert_goes_on(call, folder, undisturbed)
@@ -221,42 +259,191 @@ def test_told_to_end_at_the_end_of_the_steps_of_an_epoch(call, tmp_path, undistu
 
 
 @pytest.mark.slow
-def test_told_to_end_during_a_save(call, tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        (
+            "finalize checkpoints/seed0/2.orbax-checkpoint-tmp 1",
+            "saved seed 0 after 2 steps",
+        ),
+        # There is nothing left to save, so it ends when the next seed has started.
+        ("append metrics.jsonl 3", "saved seed 1 after 1 steps"),
+    ],
+)
+def test_told_to_end_between_the_steps(call, tmp_path, undisturbed, point, said):
     folder = tmp_path / "run"
-    name = "checkpoints/seed0/2.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp"
-    # In a thread of Orbax, while training goes on.
-    ended = call(folder, at=f"finalize {name} 1", action=failpoints.terminate)
-    assert ended.code == EXIT_CODE, ended.output
-    assert f"saved seed 0 after {last_step(folder)} steps" in ended.words
+    assert_told(call, folder, point, said)
     assert_goes_on(call, folder, undisturbed)
 
 
-@pytest.mark.slow
-def test_told_to_end_after_the_last_step_of_a_seed(call, tmp_path, undisturbed):
+def interrupt_twice():
+    """Does what an impatient user does."""
+    for _ in range(2):
+        failpoints.interrupt()
+    threading.Event().wait()  # for a thread to end this process
+
+
+def test_interrupted_twice_it_ends_at_once(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
-    point = "append metrics.jsonl 3"
-    # There is nothing left to save, so it ends as soon as the next seed has started.
-    assert_told(call, folder, point, "saved seed 1 after 1 steps")
+    ended = call(folder, at="append steps.jsonl 3", action=interrupt_twice)
+    assert ended.code == 130, ended.output
+    assert last_step(folder) == 2  # nothing was saved
     assert_goes_on(call, folder, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_told_to_end_at_any_point(call, tmp_path, undisturbed, part):
+    """Also before the first step and after the last one."""
     _, points = undisturbed
     for number, point in enumerate(points[part :: 3 * PARTS]):
-        print(f"told to end before {point!r}")
-        folder = tmp_path / f"run{number}"
+        print(f"told to end before {point!r}: {number}")
+        folder = tmp_path / str(number)
         ended = call(folder, at=point, action=failpoints.terminate)
         assert point in ended.points
-        training = any("steps.jsonl" in line for line in points[: points.index(point)])
-        drawing = "savefig curves.png.part 1" in points[: points.index(point) + 1]
-        if training and not drawing:
-            assert ended.code in (0, EXIT_CODE), ended.output
-        elif ended.code != EXIT_CODE:  # before the first step and after the last
-            assert ended.code == -signal.SIGTERM, ended.output
-        assert_goes_on(call, folder, undisturbed)
-        shutil.rmtree(folder)
+        finished = (folder / "summary.json").exists()  # before the signal arrived
+        assert ended.code == 75 or (ended.code == 0 and finished), ended.output
+        if ended.code == 75:
+            assert "told to end" in ended.words
+    assert_all_go_on(call, tmp_path, undisturbed)
+
+
+######## What a run stands on #########################################################
+
+
+def remove_records(folder):
+    (folder / "steps.jsonl").unlink()
+    (folder / "metrics.jsonl").unlink()
+
+
+def invent_records(folder):
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text() * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [damage_records, remove_records, invent_records])
+def test_records_are_made_again_from_the_checkpoint(call, tmp_path, undisturbed, harm):
+    folder = tmp_path / "run"
+    said = "saved seed 0 after 5 steps"
+    assert_told(call, folder, "append steps.jsonl 5", said)
+    before = [records(folder, name) for name in ("metrics.jsonl", "steps.jsonl")]
+    harm(folder)
+    ended = call(folder)
+    assert "seed 0 goes on from step 5 of 6" in ended.words
+    assert_same_end(folder, undisturbed)
+    assert records(folder)[:2] == before[0]
+    assert records(folder, "steps.jsonl")[:5] == before[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "steps.jsonl", "curves.png", "confusion_matrix.png"],
+)
+def test_a_finished_run_has_all_its_results(call, tmp_path, undisturbed, name):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    assert "already holds this run, finished" in call(folder).words
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    before = records(undisturbed[0])
+    assert_goes_on(call, folder, undisturbed)
+    assert records(folder) == before  # nothing was trained again
+
+
+def test_a_start_that_fails_leaves_no_folder(call, tmp_path):
+    folder = tmp_path / "run"
+    ended = call(folder, f"--weights={tmp_path / 'missing.safetensors'}")
+    assert ended.code == 1
+    assert "missing.safetensors" in ended.words
+    assert not folder.exists()
+
+
+def contents(folder):
+    """The files in a folder, without those of checkpoints and hidden ones."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and "checkpoints" not in path.parts
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "action", [failpoints.kill, failpoints.fill_disk], ids=["killed", "full disk"]
+)
+@pytest.mark.parametrize("command", ["export", "predict"])
+def test_results_are_whole_or_not_there(call, tmp_path, undisturbed, command, action):
+    image = tmp_path / "digit.png"
+    Image.new("L", (8, 8), 200).save(image)
+    more = (image,) if command == "predict" else ()
+    work = partial(read, command)
+
+    def begin(name):
+        folder = tmp_path / name
+        shutil.copytree(undisturbed[0], folder)
+        return folder
+
+    def run(folder, **options):
+        whole = partial(work, folder, *more)
+        return failpoints.call(whole, folder, tmp_path, **options)
+
+    whole = begin("whole")
+    before = contents(whole)
+    ended = run(whole)
+    assert ended.code == 0, ended.output
+    expected = contents(whole)
+    assert expected.keys() > before.keys()
+    assert len(ended.points) >= 3
+    print(f"{command}: {len(ended.points)} points")
+    for number, point in enumerate(ended.points):
+        folder = begin(str(number))
+        stopped = run(folder, at=point, action=action)
+        if action is failpoints.fill_disk and not point.startswith("mkdir . "):
+            assert stopped.code == 1, (point, stopped.output)
+            assert "error: " in stopped.words
+            assert "Traceback" not in stopped.output
+        found = contents(folder)
+        assert found.items() <= expected.items(), point
+        assert run(folder).code == 0
+        assert contents(folder) == expected
+
+
+def export_at_each(folder, copies):
+    """Trains, and exports from what a reader finds at each point, once it is done."""
+
+    def copy():
+        if folder.exists():
+            shutil.copytree(folder, copies / f"{len(list(copies.iterdir())):03}")
+
+    failpoints.points.act(failpoints.EACH, copy)
+    train(folder)
+    for found in sorted(copies.iterdir()):
+        before = contents(found)
+        steps = checkpoint_steps(checkpoint_folder(found, 0))
+        try:
+            export(load_run(found, None, make_console()), None, make_console())
+        except UsageError as error:
+            assert not steps, found
+            print(f"refused: {error}")
+        else:
+            assert contents(found).keys() == {*before, "weights.safetensors"}
+            print(f"exported step {steps[-1]}")
+
+
+@pytest.mark.slow
+def test_a_run_can_be_exported_at_any_point(call, tmp_path, undisturbed):
+    folder, copies = tmp_path / "run", tmp_path / "copies"
+    copies.mkdir()
+    ended = call(folder, copies, work=export_at_each)
+    assert ended.code == 0, ended.output
+    said = ended.output.count("refused: "), ended.output.count("exported step")
+    assert min(said) > 5
+    assert sum(said) == len(list(copies.iterdir()))
+    assert f"exported step {LAST_STEP}" in ended.output
 
 
 ######## A full disk, damage and divergence ###########################################
@@ -268,8 +455,7 @@ FULL_AT = (
     "half append steps.jsonl 3",
     "half append metrics.jsonl 1",
     "mkdir checkpoints/seed0/4.orbax-checkpoint-tmp 1",
-    "half write_text checkpoints/seed0/6.orbax-checkpoint-tmp/"
-    "state.orbax-checkpoint-tmp/digests.json 1",
+    "half write_text checkpoints/seed0/6.orbax-checkpoint-tmp/digests.json 1",
     "half savefig curves.png.part 1",
     "half write_text summary.json.part 1",
 )
@@ -281,7 +467,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(call, tmp_path, undisturbed
     for point in FULL_AT:
         ended = call(folder, at=point, action=failpoints.fill_disk)
         assert ended.code == 1, (point, ended.output)
-        assert ended.words.startswith("error: "), (point, ended.output)
+        assert "error: " in ended.words, (point, ended.output)
         assert "No space left" in ended.words
         assert "Traceback" not in ended.output
         if "mkdir" in point:  # training does not go on without it
@@ -289,6 +475,42 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(call, tmp_path, undisturbed
         if (folder / "checkpoints").exists():
             assert last_step(folder) >= kept
             kept = last_step(folder)
+    assert_goes_on(call, folder, undisturbed)
+
+
+def fill_disk_at_each(folder, points):
+    """Trains with a disk that is full from one point on, for each of the points."""
+    for point in points:
+        shutil.rmtree(folder, ignore_errors=True)
+        failpoints.points.act(point, failpoints.fill_disk)
+        said = ""
+        try:
+            train_again(folder)
+        except SystemExit as ended:
+            said = str(ended)
+        if said:
+            assert said.startswith("error: "), (point, said)
+            assert "No space left" in said, (point, said)
+            assert "\n" not in said, (point, said)
+        else:  # the folder is there already, so nothing was to be written
+            assert point.startswith("mkdir "), point
+            assert (folder / "summary.json").exists()
+        for seed in checkpoint_seeds(folder):
+            path = checkpoint_folder(folder, seed)
+            found = find_checkpoint(path, warn=pytest.fail, identity={"seed": seed})
+            steps = checkpoint_steps(path)
+            assert (found.step if found else None) == (steps[-1] if steps else None)
+        print(f"full before {point!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_disk_that_is_full_at_any_point_is_said(call, tmp_path, undisturbed, part):
+    folder = tmp_path / "run"
+    points = [p for p in undisturbed[1][part::PARTS] if not p.startswith("half ")]
+    ended = call(folder, points, work=fill_disk_at_each)
+    assert ended.code == 0, ended.output
+    assert ended.output.count("full before") == len(points)
     assert_goes_on(call, folder, undisturbed)
 
 

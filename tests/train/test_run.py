@@ -24,6 +24,7 @@ from train.errors import UsageError
 from train.parallel import make_mesh
 from train.program import Program
 from train.run import Callbacks, NonFiniteLossError, train_seed
+from train.step import _weight_of_latest
 
 TWO_GRADIENTS = ("barzilai_borwein_step", "perturbed_unit_step", "sam")
 
@@ -43,6 +44,30 @@ def test_it_learns_and_reports():
     for name in ("train_gradient_norm", "train_update_norm", "train_parameter_norm"):
         assert found[0][name] > 0
     assert all(record["seconds"] > 0 for record in found)
+
+
+class Counting(Regression):
+    """Its counts are as large as those of a batch can be."""
+
+    def evaluate(self, networks, batch, weights):
+        return {
+            "confusion": jnp.array([[2**31 - 1, 1], [0, 3]], jnp.int32),
+            "loss": jnp.where(batch["x"][0, 0] == FIRST, 2.0**24, 1.0),
+        }
+
+
+FIRST = make_data(100, seed=1)["x"][0, 0]
+
+
+def test_sums_of_an_evaluation_are_exact_for_any_number_of_batches():
+    program = make_program(Counting(), num_test=100, config={"batch_size": 1})
+    sums = program.evaluate(program.init_state(0))
+    batches = 100 // 4  # four times as many examples as a training step has
+    expected = batches * np.array([[2**31 - 1, 1], [0, 3]])
+    np.testing.assert_array_equal(sums["confusion"], expected)
+    assert sums["confusion"].dtype == np.int64
+    assert sums["loss"] == 2**24 + batches - 1  # float32 has no odd numbers here
+    assert sums["loss"].dtype == np.float64
 
 
 def test_same_seed_same_numbers_other_seed_others():
@@ -71,25 +96,93 @@ def test_steps_are_logged_and_epochs_are_their_means():
     assert [r for r in steps if r["step"] in (2, 3, 4, 6, 7, 8, 10, 11)] == sparse
 
 
+class PartlyLabeled(Regression):
+    """A regression that only learns from examples with a large target."""
+
+    above = 0.0
+
+    def loss(self, name, networks, batch):
+        labeled = batch["y"] > self.above
+        losses = self._losses(networks[name], batch) * labeled
+        total, count = losses.sum(), labeled.sum(dtype=jnp.float32)
+        return (total, count), {"twice": (2 * total, count)}
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(1, 1), (2, 1), (2, 2)])
+def test_batches_without_labels_are_left_out(batch_size, parts):
+    config = {"epochs": 2, "log_every": 1, "grad_accum": parts}
+    program = make_program(PartlyLabeled(), config=config | {"batch_size": batch_size})
+    epochs, steps, _ = train(program)
+    for epoch in epochs:
+        last = epoch["step"]
+        first = last - program.steps_before(1)
+        found = [s for s in steps if first < s["step"] <= last]
+        labeled = [s["train_loss"] for s in found if "train_loss" in s]
+        assert 0 < len(labeled) < len(found) == program.steps_before(1)
+        assert min(labeled) > 0
+        assert all("train_gradient_norm" in s for s in found)
+        assert epoch["train_loss"] == pytest.approx(np.mean(labeled), rel=1e-6)
+        assert epoch["train_twice"] == pytest.approx(2 * np.mean(labeled), rel=1e-6)
+
+
+def test_a_run_without_labels_has_no_loss():
+    task = PartlyLabeled()
+    task.above = np.inf
+    epochs, steps, _ = train(make_program(task, config={"log_every": 1}))
+    assert (len(epochs), len(steps)) == (3, 11)
+    assert not any("train_loss" in r or "train_twice" in r for r in epochs + steps)
+    assert all("test_error" in r for r in epochs)
+
+
 def test_evaluation_is_as_often_as_asked_for_and_at_the_end():
     epochs, _, _ = train(make_program(config={"eval_every": 2}))
     assert ["test_error" in r for r in epochs] == [False, True, True]
     assert all("train_loss" in r for r in epochs)
 
 
-def test_the_moving_average_is_one_and_is_evaluated():
-    program = make_program(config={"ema": 0.5, "batch_size": 30})
+@pytest.mark.parametrize("decay", [0.5, 0.9999, 0.99999999])
+def test_the_moving_average_leaves_out_the_start_and_is_evaluated(decay):
+    program = make_program(Normalized(), config={"ema": decay, "batch_size": 30})
     state = program.init_state(0)
-    average = jax.tree.map(np.array, state.ema[0]["model"])
     data = make_data(10, seed=1)
     feeds = program.feeds(0)
-    for _ in range(3):
+    seen = []
+    for step in range(1, 4):
         state = program.train_step(state, next(feeds))
-        average = jax.tree.map(lambda a, p: (a + p) / 2, average, state.params["model"])
-    chex.assert_trees_all_close(state.ema[0]["model"], average, rtol=1e-6)
-    predicted = data["x"] @ np.asarray(average["kernel"])[:, 0] + average["bias"]
+        new = (state.params["model"], state.model_state["model"])
+        seen.append(jax.tree.map(lambda x: np.array(x, np.float64), new))
+        weights = decay ** np.arange(step - 1.0, -1, -1)
+        average = jax.tree.map(
+            lambda *xs, w=weights: np.average(xs, axis=0, weights=w), *seen
+        )
+        found = tuple(part["model"] for part in state.ema)
+        chex.assert_trees_all_close(found, average, rtol=1e-5, atol=1e-7)
+    (params, norms) = (part["layers"] for part in average)
+    hidden = data["x"] @ params[0]["kernel"] + params[0]["bias"]
+    hidden = (hidden - norms[1]["mean"]) / np.sqrt(norms[1]["var"] + 1e-5)
+    hidden = hidden * params[1]["scale"] + params[1]["bias"]
+    predicted = hidden @ params[2]["kernel"][:, 0] + params[2]["bias"]
     expected = np.square(predicted - data["y"]).mean()
-    assert error_of(program, state) == pytest.approx(expected, rel=1e-5)
+    assert error_of(program, state) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_weight_of_the_latest_value_is_that_of_a_corrected_average():
+    steps = np.array([1, 2, 10, 1000, 10**5, 2**24, 2**31 - 1])
+    for decay in (1e-6, 0.5, 0.9, 0.9999, 1 - 1e-7):
+        found = jax.vmap(lambda n, d=decay: _weight_of_latest(d, n))(jnp.asarray(steps))
+        expected = (1 - decay) / -np.expm1(steps * np.log(decay))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert abs(found[0] - 1) < 1e-6
+
+
+def test_the_moving_average_goes_on_from_a_saved_state():
+    program = make_program(config={"ema": 0.99, "log_every": 1})
+    _, _, end = train(program)
+    stopped = StopInside(2)
+    with pytest.raises(KeyboardInterrupt):
+        train_seed(program, 0, stopped)
+    _, _, state = train(program, state=stopped.state, seconds=stopped.seconds)
+    chex.assert_trees_all_equal(state.ema, end.ema)
 
 
 class StopInside(Callbacks):

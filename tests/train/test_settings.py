@@ -113,11 +113,12 @@ def test_settings_are_frozen_and_take_keywords_only():
         ),
         # Choices.
         ({"mode": "fsat"}, "mode must be 'fast' or 'slow', got 'fsat'"),
-        ({"color": "rde"}, "unknown color 'rde'; known: red, blue"),
+        ({"color": "rde"}, "unknown color 'rde'; did you mean red? known: red, blue"),
+        ({"color": "x"}, "unknown color 'x'; known: red, blue"),
         ({"color": 3}, "color must be a valid string, got 3"),
         (
             {"colors": ("red", "bleu")},
-            "unknown color 'bleu'; known: red (as blood); blue (as the sky)",
+            "unknown color 'bleu'; did you mean blue? known: red (as blood); blue (as",
         ),
         # Names.
         ({"shaer": 0.5}, "there is no setting 'shaer'"),
@@ -207,7 +208,7 @@ def test_json_gives_the_same_defaults_and_paths(task):
             "inner.rate must be greater than 0, got -1",
         ),
         (lambda c: c["inner"].update(rate=9.0), "rate 9.0 is above size 3"),
-        (lambda c: c.update(color="rde"), "unknown color 'rde'; known: red, blue"),
+        (lambda c: c.update(color="x"), "unknown color 'x'; known: red, blue"),
         (lambda c: c.update(inner=3), "inner must be an object, got 3"),
     ],
 )
@@ -244,8 +245,11 @@ def test_flags_give_the_settings():
         ("--inner.rate 9", "rate 9.0 is above size 3"),
         ("--inner.size 2.5", "invalid literal for int() with base 10: '2.5'"),
         ("--mode fsat", "invalid choice 'fsat' for argument '--mode'"),
-        ("--color rde", "Expected one of ('red', 'blue')"),
-        ("--colors red,bleu", "unknown color 'bleu'; known: red (as blood); blue (as"),
+        ("--color rde", "unknown color 'rde'; did you mean red? known: red, blue"),
+        (
+            "--colors red,bleu",
+            "unknown color 'bleu'; did you mean blue? known: red (as",
+        ),
         ("--shaer 0.5", "Perhaps you meant: --share FLOAT"),
     ],
 )
@@ -331,7 +335,7 @@ def test_nan_is_refused_for_every_number(kind, name):
         (
             ClassificationConfig,
             {"model": "resnet9"},
-            "unknown model 'resnet9'; known: .*resnet8",
+            r"unknown model 'resnet9'; did you mean resnet8.*\? known: .*resnet8",
         ),
         (
             ClassificationConfig,
@@ -377,6 +381,11 @@ def test_nan_is_refused_for_every_number(kind, name):
             {"epochs": 0},
             "epochs must be greater than or equal to 1, got 0",
         ),
+        (
+            TrainingConfig,
+            {"seed": 2**31 - 2, "seeds": 3},
+            r"seed \+ seeds must be at most 2147483648, got 2147483649",
+        ),
         (TrainingConfig, {"seed": 2**31}, "seed must be less than 2147483648, got 2"),
         (
             TrainingConfig,
@@ -392,7 +401,7 @@ def test_bad_settings_of_runs_are_refused(kind, changes, message):
 
 def test_a_change_of_a_recipe_is_checked():
     recipe = RECIPES["gc_cifar100_resnet50"]()
-    with pytest.raises(UsageError, match="unknown model 'resnet'; known: "):
+    with pytest.raises(UsageError, match="unknown model 'resnet'; did you mean resnet"):
         dataclasses.replace(recipe, model="resnet")
     with pytest.raises(UsageError, match="the step schedule needs milestones"):
         dataclasses.replace(recipe.optimizer, milestones=())

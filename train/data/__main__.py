@@ -1,8 +1,14 @@
 """Command line: python -m train.data list | prepare | info | show."""
 
+if __name__ == "__main__":
+    from train.signals import listen
+
+    listen()  # before the imports below, which take seconds
+
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,15 +18,14 @@ from absl import logging
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from tyro.extras import SubcommandApp
 
 from train import data, plots
+from train.command_line import choose_command, run_command
 from train.data.preparation.builder import summarize
 from train.data.preparation.measure import SplitStatistics
 from train.errors import UsageError
 from train.progress import make_console, shown_on
 
-app = SubcommandApp()
 console = make_console()
 progress = shown_on(console)
 
@@ -28,7 +33,6 @@ Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
 DataDir = Path | None
 
 
-@app.command(name="list")
 def list_datasets(data_dir: DataDir = None) -> None:
     """List the datasets that can be prepared, and those that are prepared.
 
@@ -50,7 +54,6 @@ def list_datasets(data_dir: DataDir = None) -> None:
     console.print(f"Prepared in {where}: {found}")
 
 
-@app.command
 def prepare(
     name: Name,
     source: Path | None = None,
@@ -65,13 +68,15 @@ def prepare(
     Args:
       name: name of the dataset; your own is image_folder/NAME,
         segmentation_folder/NAME or paired_images/NAME.
-      source: folder, zip or tar with the files.
+      source: folder, zip or tar with the files; docs/data.md shows the layouts.
       data_dir: folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if
         unset.
       skip_bad: leave out files that cannot be used, and list them.
       test_fraction: share of your own data to test on, if it has no split folders.
-      classes: names of the classes in your own masks, from value 0: road,car,sky.
-      ignore_label: value of pixels without a class in your own masks, 255 if unset.
+      classes: names of the classes in your own masks, from value 0: road,car,sky. With
+        two classes, masks may be black and white: background,object.
+      ignore_label: value of pixels without a class in your own masks, 255 if unset;
+        with 0, the values of the classes begin at 1.
     """
     options = {
         "skip_bad": skip_bad or None,
@@ -97,6 +102,8 @@ def prepare(
     console.print(f"prepared in {seconds:.1f} s, with at most {peak:,.0f} MB of memory")
     if builder is not None and builder.skipped:
         console.print(f"left out {summarize(builder.skipped)}")
+    for note in builder.notes if builder is not None else ():
+        console.print(f"note: {note}")
     info(name, data_dir)
 
 
@@ -105,7 +112,6 @@ def _peak_megabytes() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-@app.command
 def info(name: Name, data_dir: DataDir = None) -> None:
     """Show splits, counts, sizes, class frequencies, and means of a prepared dataset.
 
@@ -159,23 +165,21 @@ def _frequencies(
     for split in measured:
         of = "examples" if key == "label" else "pixels"
         table.add_column(f"{split}, % of {of}")
-    shares = {
-        split: np.asarray(found.counts[key]) / max(1, sum(found.counts[key]))
-        for split, found in measured.items()
-    }
-    for value in range(max(map(len, shares.values()))):
-        cells = [
-            f"{100 * share[value]:.2f}" if value < len(share) else "0.00"
-            for share in shares.values()
-        ]
+    counts = [found.counts[key] for found in measured.values()]
+    for value in range(max(len(dataset.class_names), *map(len, counts))):
+        cells = [_percent(of_split, value) for of_split in counts]
         known = value < len(dataset.class_names)
-        if known or any(float(cell) for cell in cells):
+        if known or set(cells) != {"none"}:
             name = escape(dataset.class_names[value]) if known else "(ignored)"
             table.add_row(str(value), name, *cells)
     return table
 
 
-@app.command
+def _percent(counts: Sequence[int], value: int) -> str:
+    count = counts[value] if value < len(counts) else 0
+    return f"{100 * count / sum(counts):.2f}" if count else "none"
+
+
 def show(
     name: Name,
     output: Path | None = None,
@@ -244,14 +248,13 @@ def show(
 def main() -> None:
     """Runs the command line; errors that a user can fix are one line."""
     logging.set_verbosity(logging.ERROR)  # TFDS logs what this does on purpose
-    try:
-        app.cli(
-            prog="python -m train.data", description="Prepare and inspect datasets."
+    run_command(
+        lambda: choose_command(
+            {"list": list_datasets, "prepare": prepare, "info": info, "show": show},
+            prog="python -m train.data",
+            description="Prepare and inspect datasets.",
         )
-    except (UsageError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class DataConfig:
     eval_split: Literal["test", "validation"] = "test"
     """Split to evaluate on; a fifth of the training images is held out for validation
     if the dataset has no such split."""
+    train_examples: Positive[int] | None = None
+    """Train on so many of the training images, of each class as many as possible; the
+    same ones in every run. All of them if unset."""
     image_size: Size = None
     """Resize images to this height and width; needed only if they differ in size."""
     crop: Size = None
@@ -100,7 +103,18 @@ class DataConfig:
             cache=() if self.loader == "grain" else sizes,
             max_cache_bytes=memory_limit() if self.loader == "auto" else math.inf,
         )
-        return dataset.hold_out() if self.eval_split == "validation" else dataset
+        if self.eval_split == "validation":
+            dataset = dataset.hold_out()
+        if self.train_examples is None:
+            return dataset
+        train = dataset.split("train")
+        if self.train_examples > len(train):
+            raise UsageError(
+                f"train_examples must be at most {len(train)}, the training images of "
+                f"{self.dataset}, got {self.train_examples}"
+            )
+        fewer = {"train": train.subset(self.train_examples)}
+        return dataclasses.replace(dataset, splits={**dataset.splits, **fewer})
 
     def open(
         self, dataset: Dataset, mesh: Mesh | None = None, progress: Progress = silent

@@ -1,8 +1,9 @@
 """Datasets as tasks see them: named splits of examples, decoded to one size."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,37 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from train.data import boxes
-from train.data.cache import Spec, write_arrays
+from train.data.cache import Spec, open_arrays, write_arrays
 from train.data.images import decode, size_of
 from train.data.threads import map_threads
 from train.errors import UsageError
+from train.names import printable
 from train.progress import Progress, silent
 
 Arrays = dict[str, np.ndarray]
 _BYTES_AT_ONCE = 1 << 22
 _MAX_AT_ONCE = 64
+# array_record raises RuntimeError, and a record cannot be parsed or decoded then.
+_DAMAGE = (RuntimeError, OSError, ValueError, LookupError, TypeError, SyntaxError)
+
+
+@contextlib.contextmanager
+def damage_explained(folder: Path) -> Iterator[None]:
+    """Turns what readers raise on damaged records of a dataset into one line.
+
+    Args:
+      folder: folder of the dataset.
+
+    Raises:
+      UsageError: if reading fails in the block.
+    """
+    try:
+        yield
+    except _DAMAGE as error:
+        text = printable(" ".join(f"{error!r}".split()))[:200]
+        raise UsageError(
+            f"{folder} is damaged ({text}): remove it and prepare the dataset again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,7 +271,7 @@ class Split:
       records: the TFDS data source, whose images are still encoded.
       reader: decodes the examples.
       cache: folder of decoded arrays.
-      rows: the records that belong to this split.
+      rows: the records that belong to this split, in increasing order.
       stored_size: (height, width) in which all images are stored; None if they differ.
     """
 
@@ -256,7 +279,7 @@ class Split:
     records: Any
     reader: Reader
     cache: Path
-    rows: range
+    rows: range | tuple[int, ...]
     stored_size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -281,11 +304,12 @@ class Split:
         Returns:
           Arrays whose first axis counts the examples.
         """
-        records = self.records.__getitems__([self.rows[int(i)] for i in rows])
-        examples = [
-            self.reader(record, None if generators is None else generators[i])
-            for i, record in enumerate(records)
-        ]
+        with damage_explained(self.cache.parent):
+            records = self.records.__getitems__([self.rows[int(i)] for i in rows])
+            examples = [
+                self.reader(record, None if generators is None else generators[i])
+                for i, record in enumerate(records)
+            ]
         return {
             name: np.stack([example[name] for example in examples])
             for name in self.reader.fields
@@ -313,7 +337,8 @@ class Split:
             raise ValueError("examples that are cropped at random cannot be cached")
         paths = self.cache_paths
         num_records = len(self.records)
-        if not all(path.exists() for path in paths.values()):
+        arrays = open_arrays(paths, self.reader.spec, num_records)
+        if arrays is None:
             whole = dataclasses.replace(self, rows=range(num_records))
             at_once = max(1, _BYTES_AT_ONCE // self.reader.num_bytes)
             at_once = min(at_once, _MAX_AT_ONCE)  # stored images may be far larger
@@ -330,14 +355,49 @@ class Split:
                     map_threads(read, starts),
                     reporter,
                 )
-        part = slice(self.rows.start, self.rows.stop)
-        return {
-            name: np.load(path, mmap_mode="r")[part] for name, path in paths.items()
-        }
+            arrays = open_arrays(paths, self.reader.spec, num_records)
+            assert arrays is not None
+        found = self.rows
+        if isinstance(found, range):  # stays memory-mapped
+            return {n: x[found.start : found.stop] for n, x in arrays.items()}
+        return {name: array[list(found)] for name, array in arrays.items()}
 
     def part(self, start: int, stop: int) -> "Split":
         """Returns the examples from `start` up to `stop` as a split."""
         return dataclasses.replace(self, rows=self.rows[start:stop])
+
+    def subset(self, count: int) -> "Split":
+        """Returns some of the examples, of each class as many as possible.
+
+        They are drawn at random, but always the same, and are part of each larger
+        subset. Without labels they are drawn from all examples alike.
+
+        Args:
+          count: number of examples.
+
+        Raises:
+          ValueError: if there are not so many.
+        """
+        if not 0 < count <= len(self):
+            raise ValueError(f"count must be from 1 to {len(self)}, got {count}")
+        order = np.random.default_rng(0).permutation(len(self))
+        labels = self._labels()[order]
+        # The place of each example among those of its class, in this order.
+        places = np.empty(len(self), int)
+        for label in np.unique(labels):
+            of_class = labels == label
+            places[of_class] = np.arange(of_class.sum())
+        chosen = np.sort(order[np.argsort(places, kind="stable")[:count]])
+        rows = tuple(self.rows[int(i)] for i in chosen)
+        return dataclasses.replace(self, rows=rows)
+
+    def _labels(self) -> np.ndarray:
+        """Returns the label of each example; zeros if they have none."""
+        fields = [f for f in self.reader.fields.values() if f.kind == "label"]
+        if not fields:
+            return np.zeros(len(self), np.int32)
+        with damage_explained(self.cache.parent):
+            return np.array([fields[0].read(self.records[row]) for row in self.rows])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -182,6 +182,14 @@ class GrainLoader:
         """
         if num_workers is not None and num_workers < 0:
             raise UsageError(f"num_workers must be at least 0, got {num_workers}")
+        cores = os.cpu_count() or 1
+        most = max(_MAX_WORKERS, 2 * cores)
+        if num_workers is not None and num_workers > most:
+            raise UsageError(
+                f"num_workers must be at most {most} on {cores} cores, got "
+                f"{num_workers}: {default_workers()}, the default, leaves one core for "
+                "training"
+            )
         self.num_examples = len(split)
         self._split = split
         self._sharding = NamedSharding(mesh or _first_device(), P("data"))

@@ -42,8 +42,8 @@ def chain_order(
 
     * ``optimizer`` comes after all techniques.
     * ``decay`` as L2 regularization comes directly before the optimizer. If
-      ``centralize`` precedes the optimizer, the decay comes directly before
-      ``centralize``, which then also centralizes it. The names before this place do not
+      ``centralize`` or ``optax_centralize`` precedes the optimizer, the decay comes
+      directly before it, so it is centralized too. The names before this place do not
       act on the decay. With Step-Tuned SGD, which minimizes the regularized loss,
       ``decay`` is not added: the decay is part of both gradients.
     * ``decay`` that is decoupled comes last, before the learning rate.
@@ -81,11 +81,17 @@ def chain_order(
         order.append("decay")
     elif not any(regularizes_both(name) for name in order):
         before = order[:place]
-        place = before.index("centralize") if "centralize" in before else place
+        place = min(
+            (before.index(n) for n in _CENTRALIZE if n in before), default=place
+        )
         order.insert(place, "decay")
     if clip:
         order.insert(1 if _replaces_gradient(order[0]) else 0, "clip")
     return tuple(order)
+
+
+# L2 decay is part of the gradient that these act on.
+_CENTRALIZE = ("centralize", "optax_centralize")
 
 
 def _replaces_gradient(name: str) -> bool:

@@ -184,6 +184,41 @@ _ROWS = (
         options=("rho",),
         build=lambda options, learning_rate, key: _sam(options.rho),
     ),
+    # What is left of a technique without its idea, to compare with.
+    Technique(
+        name="scale_by_mean",
+        title="Random Gradient without randomness",
+        idea="half of the gradient, as the mean of the factor is 0.5",
+        paper="Wei, 2018",
+        url="https://arxiv.org/abs/1808.04293",
+        gradients_per_step=1,
+        build=lambda options, learning_rate, key: optax.with_extra_args_support(
+            optax.scale(0.5)
+        ),
+    ),
+    Technique(
+        name="optax_centralize",
+        title="optax.centralize",
+        idea="each slice along the first axis minus its mean, right for other layouts "
+        "than that of Flax",
+        paper="Yong et al., 2020",
+        url="https://arxiv.org/abs/2004.01461",
+        gradients_per_step=1,
+        build=lambda options, learning_rate, key: optax.with_extra_args_support(
+            optax.centralize()
+        ),
+    ),
+    Technique(
+        name="normalize",
+        title="Normalized gradient",
+        idea="the gradient of length one, as in PUGD, but at the weights themselves",
+        paper="Tseng et al., 2022",
+        url="https://arxiv.org/abs/2110.00199",
+        gradients_per_step=1,
+        build=lambda options, learning_rate, key: optax.with_extra_args_support(
+            optax.normalize_by_update_norm(eps=1e-12)
+        ),
+    ),
 )
 
 TECHNIQUES: dict[str, Technique] = {row.name: row for row in _ROWS}

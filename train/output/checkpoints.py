@@ -1,19 +1,23 @@
-"""Checkpoints, which are written during training and verified when they are read.
+"""Checkpoints, the one record of where a run stands.
 
-Orbax writes each checkpoint to a temporary folder and renames it when everything is on
-disk, so a process that is killed at any moment leaves a whole checkpoint or none. But
+A checkpoint holds the arrays of a state, and a JSON object about it. Orbax writes it to
+a temporary folder, which is renamed when everything is on disk. So a process that is
+killed at any moment leaves a whole checkpoint or none. All is written before `save`
+returns: a failure is an error there, and there is no thread that could fail unnoticed.
+
 Orbax stores parameters without checksums and does not notice when they change on disk,
 and it reports other damage in pages of messages. So a digest of every file is saved
-too, and verified before Orbax reads any file.
+too, and verified before Orbax reads any file. To read a checkpoint changes nothing in
+the folder, so a run can be looked at while it trains.
 """
 
 import contextlib
+import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,145 +26,57 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from train.errors import UsageError
+from train.files import digest, sync
 
 Tree = Any
 
-_ITEM = "state"
+_ABOUT = "about.json"
 _DIGESTS = "digests.json"
+# Orbax writes these after the digests; nothing that matters is in them.
+_LATE = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
+_REMOVED = ".removed"
 
 
 class CheckpointError(UsageError):
     """Raised if a checkpoint cannot be written, or if none can be read."""
 
 
-class Checkpoints(contextlib.AbstractContextManager):
-    """The newest checkpoints of one seed, by step.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified when it was found.
 
-    If a run has several processes, each of them must call every method, with the same
-    global arrays and a folder that all share.
+    Attributes:
+      folder: its folder.
+      about: the JSON object that was saved with it.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
-        """Opens a folder, and removes what a killed process left half-written.
+    folder: Path
+    about: dict[str, Any]
 
-        Args:
-          folder: the folder of the checkpoints; it is made if it does not exist.
-          keep: how many checkpoints to keep; older ones are removed.
+    @property
+    def step(self) -> int:
+        """The number of steps that the state has taken."""
+        return int(self.folder.name)
 
-        Raises:
-          CheckpointError: if the folder cannot be made.
-        """
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
-        self._folder = folder.absolute()
-        self._handler = _DigestingHandler()
-        self._damaged: list[int] = []
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(_ITEM, ocp.args.StandardSave, self._handler)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # reads no checkpoint: it may be damaged
-            # In a thread, a failure to make folders would be noticed minutes later.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        with self._writing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self._folder, options=options, handler_registry=registry
-            )
+    def read(self, like: Tree, *, partial: bool = False) -> Tree:
+        """Reads the arrays, bit for bit as they were saved.
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def steps(self) -> list[int]:
-        """Returns the steps whose checkpoints are on disk, in increasing order."""
-        return sorted(ocp.utils.checkpoint_steps(self._folder))
-
-    def save(self, step: int, state: Tree) -> None:
-        """Copies a state to the host, and writes it in the background.
-
-        This waits for the previous save first. A step on disk is not saved again.
-
-        Args:
-          step: number of steps that the state has taken.
-          state: arrays; they may be donated as soon as this returns.
-
-        Raises:
-          CheckpointError: if this save cannot start, or the previous one failed.
-        """
-        self.wait()
-        with self._writing():
-            # `restore` skipped these; this save takes their place.
-            while self._damaged:
-                self._manager.delete(self._damaged.pop())
-            if step not in self.steps():
-                arrays = _arrays(state)
-                self._check_room(sum(x.nbytes for x in arrays.values()))
-                args = ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(arrays)})
-                self._manager.save(step, args=args, force=True)
-
-    def wait(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-          CheckpointError: if it failed.
-        """
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for the last save and ends the threads of Orbax.
-
-        Raises:
-          CheckpointError: if the save failed.
-        """
-        with self._writing():
-            self._manager.close()
-
-    def restore(
-        self, like: Tree, *, warn: Callable[[str], None], partial: bool = False
-    ) -> tuple[int, Tree] | None:
-        """Reads the newest checkpoint that is not damaged.
+        If a run has several processes, each of them must call this.
 
         Args:
           like: arrays with the structure, shapes and dtypes that were saved, or their
             `jax.ShapeDtypeStruct`s; arrays are restored to its shardings. PRNG keys
             must have JAX's default implementation.
-          warn: called with a line about each damaged checkpoint that is skipped.
           partial: whether `like` may be a part of what was saved, with None elsewhere.
 
-        Returns:
-          The step and the state, bit for bit as it was saved; None if there is no
-          checkpoint.
-
         Raises:
-          CheckpointError: if there are checkpoints but all are damaged, or if the
-            newest undamaged one has other names, shapes or dtypes than `like`.
+          CheckpointError: if other names, shapes or dtypes were saved.
         """
-        self.wait()
-        self._damaged = []
-        problems: list[str] = []
-        for step in reversed(self.steps()):
-            folder = self._folder / str(step)
-            problem = _damage(folder / _ITEM)
-            if not problem:
-                for line in problems:
-                    warn(f"{line}: going on from step {step}")
-                return step, self._read(folder / _ITEM, like, partial)
-            self._damaged.append(step)
-            problems.append(f"checkpoint {folder} is damaged ({problem})")
-        if problems:
-            raise CheckpointError(
-                f"{', '.join(problems)} and there is no other: put back a copy of one, "
-                "or remove the run folder to start again"
-            )
-        return None
-
-    def _read(self, folder: Path, like: Tree, partial: bool) -> Tree:
-        target, saved = _arrays(like), self._handler.metadata(folder).tree
+        handler = ocp.StandardCheckpointHandler()
+        target, saved = _arrays(like), handler.metadata(self.folder).tree
         names = list(target)
         if partial:  # Orbax reads all arrays or none
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -171,19 +87,137 @@ class Checkpoints(contextlib.AbstractContextManager):
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise CheckpointError(
-                    f"checkpoint {folder.parent} is from another program: "
-                    f"{name} is {there.get(name, 'missing')} in the checkpoint and "
-                    f"{here.get(name, 'missing')} in this run: choose another run "
-                    "folder"
+                    f"checkpoint {self.folder} is from another program: {name} is "
+                    f"{there.get(name, 'absent')} in the checkpoint and "
+                    f"{here.get(name, 'absent')} in this run"
                 )
-        # Not through the manager: if one process failed, the others would wait for it.
-        arrays = self._handler.restore(folder, args=ocp.args.StandardRestore(target))
+        arrays = handler.restore(self.folder, args=ocp.args.StandardRestore(target))
         leaves, structure = jax.tree.flatten(like)
         restored = [
             jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
             for name, leaf in zip(names, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, restored)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Returns the steps whose checkpoints are in a folder, in increasing order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def find_checkpoint(
+    folder: Path, *, warn: Callable[[str], None], identity: Mapping[str, Any]
+) -> Checkpoint | None:
+    """Returns the newest checkpoint that is whole and belongs to a run.
+
+    If a run has several processes, each of them must call this.
+
+    Args:
+      folder: the folder of the checkpoints.
+      warn: called with a line about each checkpoint that is skipped.
+      identity: entries that the JSON object about the checkpoint must have.
+
+    Returns:
+      The checkpoint; None if there is none.
+
+    Raises:
+      CheckpointError: if there are checkpoints but all are damaged.
+    """
+    problems: list[str] = []
+    for step in reversed(checkpoint_steps(folder)):
+        path = folder / str(step)
+        about, problem = _verify(path, {"step": step, **identity})
+        if not problem:
+            for line in problems:
+                warn(f"{line}: going on from step {step}")
+            return Checkpoint(path, about)
+        if path.exists():  # a run in progress removes old ones
+            problems.append(f"checkpoint {path} is damaged ({problem})")
+    if problems:
+        raise CheckpointError(
+            f"{', '.join(problems)} and there is no other: put back a copy of one, or "
+            "remove the run folder to start again"
+        )
+    return None
+
+
+class CheckpointWriter:
+    """Writes checkpoints to a folder, and keeps the newest ones.
+
+    If a run has several processes, each of them must call every method, with the same
+    global arrays and a folder that all share.
+    """
+
+    def __init__(self, folder: Path, *, saved: int | None = None, keep: int = 2):
+        """Opens a folder, and removes what a killed process left half-written.
+
+        Args:
+          folder: the folder of the checkpoints; it is made if it does not exist.
+          saved: the step that training continues from, which is not saved again.
+          keep: how many checkpoints to keep; older ones are removed, and so are those
+            of later steps, which training has left behind.
+
+        Raises:
+          CheckpointError: if the folder cannot be made.
+        """
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        self._folder = folder.absolute()
+        self._saved = saved
+        self._keep = keep
+        self._handler = _Handler()
+        self._writer = ocp.Checkpointer(self._handler)
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for pattern in (_TEMPORARY, f"*{_REMOVED}"):
+                for path in self._mine(self._folder.glob(pattern)):
+                    shutil.rmtree(path)
+
+    def save(self, step: int, state: Tree, about: Mapping[str, Any]) -> None:
+        """Writes a state, unless it is the one that was saved last.
+
+        If there are several processes, the first one removes old checkpoints, and may
+        still do so when the others go on.
+
+        Args:
+          step: number of steps that the state has taken.
+          state: the arrays.
+          about: a JSON object to save with them.
+
+        Raises:
+          CheckpointError: if the checkpoint cannot be written.
+        """
+        if step == self._saved:
+            return
+        path = self._folder / str(step)
+        with self._writing():
+            arrays = _arrays(state)
+            self._handler.about = {"step": step, **about}
+            self._check_room(sum(x.nbytes for x in arrays.values()))
+            # One that exists is damaged: training would have continued from it.
+            self._writer.save(path, args=_Save(arrays), force=True)
+            self._saved = step
+            if jax.process_index() == 0:  # another would meet what this one removes
+                self._remove_earlier(step)
+                sync(self._folder)
+
+    def _remove_earlier(self, step: int) -> None:
+        steps = checkpoint_steps(self._folder)
+        kept = [s for s in steps if s <= step][-self._keep :]
+        for other in steps:
+            if other not in kept:
+                self._remove(self._folder / str(other))
+
+    def _mine(self, work: Any) -> Any:
+        """Returns the work if this process is the one that does it, else none."""
+        return list(work) if jax.process_index() == 0 else []
+
+    def _remove(self, path: Path) -> None:
+        # A reader finds all of it or nothing.
+        removed = path.with_name(f"{path.name}{_REMOVED}")
+        path.rename(removed)
+        shutil.rmtree(removed)
 
     def _check_room(self, num_bytes: int) -> None:
         """Raises an OSError if the disk is too full; Orbax would print many pages."""
@@ -207,35 +241,64 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from error
 
 
-class _DigestingHandler(ocp.StandardCheckpointHandler):
-    """Adds a digest of each file before a checkpoint is renamed to its name."""
+class _Handler(ocp.StandardCheckpointHandler):
+    """Adds a JSON object, and a digest of each file, before a checkpoint is renamed."""
+
+    about: Mapping[str, Any]
 
     def finalize(self, directory: Path) -> None:
         super().finalize(directory)
         folder = Path(directory)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(folder)): _digest(path) for path in files}
-        (folder / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+        _write(folder / _ABOUT, self.about)
+        digests = {name: digest(folder / name) for name in _files(folder)}
+        _write(folder / _DIGESTS, digests)
 
 
-def _damage(folder: Path) -> str:
-    """Describes damage to a checkpoint that any process finds; "" if there is none."""
-    problem = ""
+@ocp.args.register_with_handler(_Handler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    """The arrays that `_Handler` saves."""
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    """The arrays that `_Handler` restores; Orbax wants such a class too."""
+
+
+def _files(folder: Path) -> list[str]:
+    """Names the files of a checkpoint that have a digest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in paths]
+    return [name for name in names if name not in _LATE | {_DIGESTS}]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content) + "\n")
+    sync(path)
+
+
+def _verify(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns the JSON object about a checkpoint, and its problem; "" for none.
+
+    A problem that one process finds is one for all.
+    """
+    about, problem = {}, ""
     try:
-        for name, digest in json.loads((folder / _DIGESTS).read_bytes()).items():
-            if _digest(folder / name) != digest:
+        digests = json.loads((folder / _DIGESTS).read_bytes())
+        for name in sorted({*digests, *_files(folder)}):
+            if digest(folder / name) != digests.get(name):
                 problem = f"{name} has changed"
                 break
-    except (OSError, ValueError) as error:
-        problem = str(error)
+        else:
+            about = json.loads((folder / _ABOUT).read_bytes())
+            for key, expected in identity.items():
+                if about.get(key) != expected:
+                    problem = f"it was saved for another {key}"
+                    break
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = str(error) or repr(error)
     if multihost_utils.process_allgather(np.bool_(problem)).any():
-        return problem or "another process cannot read it"
-    return ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {}, problem or "another process cannot read it"
+    return about, ""
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -15,8 +15,15 @@ import filelock
 import jax
 
 from train.errors import UsageError
+from train.files import digest, whole_file
 
 CONFIG = "config.json"
+SUMMARY = "summary.json"
+
+
+# What reading JSON of another form raises.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_RESULTS = (".json", ".jsonl", ".png")
 
 
 class RunFolderError(UsageError):
@@ -43,6 +50,27 @@ class RunFolder:
         """Writes the settings and the environment, which marks the folder as used."""
         self.write(CONFIG, {"config": self.config, "environment": environment()})
 
+    @property
+    def is_started(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / CONFIG).exists()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes the summary, with the digests of all other results of the run."""
+        names = {path.name for path in self.path.iterdir() if path.suffix in _RESULTS}
+        names = names - {CONFIG, SUMMARY}
+        files = {name: digest(self.path / name) for name in sorted(names)}
+        self.write(SUMMARY, summary | {"files": files})
+
+    def is_finished(self) -> bool:
+        """Returns whether all results of the run are here as they were written."""
+        try:
+            files = read_summary(self.path)["files"]
+            same = [digest(self.path / name) == saved for name, saved in files.items()]
+            return bool(same) and all(same)
+        except (OSError, *_MALFORMED):
+            return False
+
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Appends a record to a JSON Lines file; it is on disk when this returns."""
         if not self.writes:
@@ -68,18 +96,25 @@ class RunFolder:
 
     def replace(self, name: str, records: list[dict[str, Any]]) -> None:
         """Replaces all records of a JSON Lines file, whole or not at all."""
-        self._write(name, "".join(json.dumps(record) + "\n" for record in records))
+        self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, name: str, content: Any) -> None:
         """Writes one JSON file, whole or not at all."""
-        self._write(name, json.dumps(content, indent=2) + "\n")
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
 
-    def _write(self, name: str, text: str) -> None:
-        if not self.writes:
-            return
-        partial = self.path / f"{name}.part"
-        partial.write_text(text)
-        partial.replace(self.path / name)
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one file, whole or not at all."""
+        if self.writes:
+            with whole_file(self.path / name) as path:
+                path.write_text(text, newline="")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns the summary of a finished run; {} if there is none that can be read."""
+    try:
+        return dict(json.loads((folder / SUMMARY).read_bytes()))
+    except (OSError, *_MALFORMED):
+        return {}
 
 
 def environment() -> dict[str, Any]:
@@ -182,7 +217,7 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
     if written.exists():
         try:
             found = json.loads(written.read_text())["config"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except _MALFORMED:
             raise RunFolderError(
                 f"{written} was not written by a run: choose another run folder"
             ) from None

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,25 @@ from jaxtyping import Float, UInt8
 from matplotlib import color_sequences, style
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure  # not pyplot, which keeps global state
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.textpath import TextPath
+
+from train.files import whole_file
 
 Colors: TypeAlias = UInt8[np.ndarray, "classes 3"]  # RGB
 
 _DPI = 120
 FONT_SIZE = 9  # points
 GAP = 0.12  # inches between parts of a figure, and around it
+
+# The first comes with Matplotlib; the others are taken where they are installed.
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans"),
+    *("Microsoft YaHei", "Malgun Gothic", "Yu Gothic", "PingFang SC", "Hiragino Sans"),
+    *("Apple SD Gothic Neo", "WenQuanYi Zen Hei", "Noto Sans Arabic"),
+    *("Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Arial Unicode MS"),
+)
 
 # --------------------------------- Saving ---------------------------------------------
 
@@ -30,8 +43,8 @@ def new_figure(
 ) -> Iterator[Figure]:
     """Yields a figure to draw on, and saves it when all is drawn.
 
-    Within the block the settings are Matplotlib's defaults, text is never a formula,
-    and characters that the font lacks become boxes without a warning.
+    Within the block the settings are Matplotlib's defaults, with more fonts, and text
+    is never a formula. Use `shortened` or `readable` for text that a user wrote.
 
     Args:
       path: the PNG file to write.
@@ -39,25 +52,44 @@ def new_figure(
       crop: whether to save what is drawn, which may lie outside of `size`; otherwise
         all is fitted into `size`.
     """
-    partial = path.with_name(f"{path.name}.part")
     with matplotlib.rc_context(), warnings.catch_warnings():
         style.use(["default", {"text.parse_math": False, "font.size": FONT_SIZE}])
+        matplotlib.rcParams["font.family"] = _fonts()[0]
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(size, dpi=_DPI, layout=None if crop else "constrained")
         yield figure
         cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": GAP}
-        try:
+        with whole_file(path) as partial:
             figure.savefig(partial, format="png", **(cut if crop else {}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 # ---------------------------------- Text ----------------------------------------------
 
 
+def readable(text: str) -> str:
+    r"""Returns text with the codes of characters that no font here can draw.
+
+    >>> print(readable("caf\u00e9 \U0001f4a9"))
+    café \U0001f4a9
+    """
+    drawn = _fonts()[1] | {ord("\n")}
+    return "".join(
+        c if ord(c) in drawn else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+@functools.cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """Returns the names of the fonts to draw with, and the characters they have."""
+    files = {font.name: font.fname for font in fontManager.ttflist}
+    names = [name for name in _FONTS if name in files]
+    characters = (FT2Font(files[name]).get_charmap() for name in names)
+    return names, frozenset().union(*characters)
+
+
 def shortened(text: str, width: float) -> str:
-    """Cuts text to a width in inches."""
+    """Returns readable text, cut to a width in inches."""
+    text = readable(text)
     if text_width(text) <= width:
         return text
     lengths = range(1, len(text))

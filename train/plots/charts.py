@@ -57,6 +57,9 @@ def save_curves(
                 where = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
                 axes.legend(**where, ncols=2, frameon=False)
         _use_log_scale(left)
+        num_seeds = len({record["seed"] for record in records})
+        if num_seeds > 1:
+            figure.suptitle(f"thin lines: {num_seeds} seeds; thick lines: their mean")
 
 
 def save_learning_curves(
@@ -177,9 +180,12 @@ def _use_log_scale(axes: Axes) -> None:
     if not values.size or values.min() <= 0:
         return
     axes.set_yscale("log")
-    # Over many decades the ticks at 2 and 5 would run into each other.
-    subs = (1, 2, 5) if values.max() < 1000 * values.min() else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    ratio = values.max() / values.min()
+    if ratio < 5:  # perhaps fewer than two of the ticks at 1, 2 and 5
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:  # over many decades the ticks at 2 and 5 would run into each other
+        subs = (1, 2, 5) if ratio < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 

@@ -31,6 +31,7 @@ _LARGEST_IMAGE = 2.5
 _LINE = 0.15  # the height of a line of text
 _READABLE = 1.2  # the least width of an image with text above it
 
+_FRAME = "0.8"  # the gray of the line around an image, which may be white
 _STRIPES = (240, 100)  # gray levels of ignored pixels
 
 
@@ -108,7 +109,8 @@ def save_images(
             for j, (image, header) in enumerate(zip(example, headers, strict=True)):
                 axes = figure.add_subplot(cell[j])
                 axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)))
-                axes.axis("off")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set(color=_FRAME, linewidth=0.5)
                 lines = [header] if i < across else []
                 lines += caption.split("\n") if j == 0 else []
                 lines = [shortened(x, width / len(columns)) for x in lines if x]

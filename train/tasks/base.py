@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -17,10 +17,28 @@ from train.optim.config import OptimizerConfig
 
 Batch: TypeAlias = dict[str, Num[Array, "batch ..."]]
 Networks: TypeAlias = dict[str, models.Network]
-Metrics: TypeAlias = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-"""Metrics of a batch by name, as (sum, count)."""
+SumAndCount: TypeAlias = tuple[Float[Array, ""], Float[Array, ""]]
+"""A mean over the items of a batch, whose parts are added up before the division."""
+Metrics: TypeAlias = dict[str, SumAndCount]
+"""Metrics of a batch by name."""
 Sums: TypeAlias = dict[str, Any]
-"""Arrays that are added up over the batches of an evaluation."""
+"""Arrays by name, which are added up over the batches of an evaluation.
+
+The loop adds them up on the host, in int64 and float64.
+"""
+
+
+class Prediction(NamedTuple):
+    """What is predicted for an image file, in words.
+
+    Attributes:
+      line: the text to show.
+      cells: pairs of a title and the text below it, for the table of all files. Titles
+        are the same for all files.
+    """
+
+    line: str
+    cells: Sequence[tuple[str, str]]
 
 
 class Task(Protocol):
@@ -57,8 +75,11 @@ class Task(Protocol):
     def create_networks(self, rngs: nnx.Rngs) -> Networks:
         """Makes networks with fresh parameters, in the order in which they train."""
 
-    def load_weights(self, networks: Networks) -> None:
+    def load_weights(self, networks: Networks) -> str:
         """Loads the pretrained weights that the config names into new networks.
+
+        Returns:
+          A line that says which layers are pretrained; "" if the config names none.
 
         Raises:
           UsageError: if a file is missing or is for another network.
@@ -72,8 +93,11 @@ class Task(Protocol):
 
     def loss(
         self, name: str, networks: Networks, batch: Batch
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the mean loss that the network `name` minimizes, and metrics.
+    ) -> tuple[SumAndCount, Metrics]:
+        """Returns the loss that the network `name` minimizes, and metrics.
+
+        The loss is a (sum, count), so that a batch that is evaluated in parts has the
+        same mean loss as a whole one.
 
         Args:
           name: the network that is trained.
@@ -122,17 +146,17 @@ class Task(Protocol):
         names: Sequence[str],
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
-    ) -> list[str]:
-        """Saves the predictions for image files.
+    ) -> list[Prediction]:
+        """Saves the pictures of predictions for image files.
 
         Args:
           folder: where to save them.
-          names: the name of each file, without suffix.
+          names: a name for the pictures of each file, without suffix.
           photos: the images as the files hold them, uint8 (height, width, channels).
           predictions: the prediction for each image, as `predict` returns it.
 
         Returns:
-          A line for each file that describes its prediction.
+          What is predicted for each file.
         """
 
     def save_comparison(
@@ -164,7 +188,7 @@ def check_images(task: Task, dataset: Dataset) -> None:
         for name, (shape, dtype) in reader.spec.items()
     }
 
-    def losses(batch: Batch) -> list[jax.Array]:
+    def losses(batch: Batch) -> list[SumAndCount]:
         networks = task.create_networks(nnx.Rngs(0))
         batch = task.prepare(batch, jax.random.key(0))
         return [task.loss(name, networks, batch)[0] for name in networks]

@@ -1,10 +1,9 @@
 """Classification: one label per image, cross-entropy, accuracy."""
 
-import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,16 @@ from train.errors import UsageError
 from train.metrics import confusion_matrix
 from train.optim.config import OptimizerConfig
 from train.settings import AnyPath, Choice, Fraction, settings
-from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
+from train.tasks.base import (
+    Batch,
+    Metrics,
+    Networks,
+    Prediction,
+    SumAndCount,
+    Sums,
+    shares_in_words,
+)
+from train.tasks.fine_tuning import FineTuningConfig, freeze, make_normalize
 
 _TOP = 5
 
@@ -30,17 +38,31 @@ ModelName = Annotated[str, Choice("model", models.names(task="classification"))]
 
 
 @settings
-class ClassificationConfig(TrainingConfig):
+class ClassificationConfig(FineTuningConfig):
     """Train a network to classify images."""
 
     task: ClassVar[str] = "classification"
 
     model: ModelName = "resnet8"
     """Network to train."""
+    norm: Literal["batch", "frozen_batch", "group", "instance", "none"] | None = None
+    """Normalization of the layers, if not the network's own; frozen_batch keeps the
+    statistics, scales and biases of the pretrained weights."""
     label_smoothing: Fraction[float] = 0.0
     """Share of the label that is spread over all classes."""
     weights: AnyPath | None = None
     """Safetensors to fine-tune from; the last layer starts anew if it does not fit."""
+    new_head: bool = False
+    """Start the last layer anew even if it fits, for other classes of equal number."""
+
+    def __post_init__(self) -> None:
+        FineTuningConfig.__post_init__(self)
+        self.check_network(self.model, self.norm, self.weights, "weights")
+        if self.new_head and self.weights is None:
+            raise UsageError(
+                "new_head is for pretrained weights: name a file with weights, or "
+                "leave new_head out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,44 +95,80 @@ class Classification:
             raise UsageError(
                 f"{dataset.name} has only one class: there is nothing to learn"
             )
-        normalize = augment.normalize(dataset.mean, dataset.std)
+        normalize, channels = make_normalize(config, dataset)
         size = config.data.training_size(dataset)
         return cls(
             config=config,
             class_names=dataset.class_names,
-            image_shape=(*size, len(dataset.mean)),
+            image_shape=(*size, channels),
             augment=config.data.augmentation(dataset, normalize),
             normalize=augment.chain(augment.center_crop(size), normalize),
         )
 
     def create_networks(self, rngs: nnx.Rngs) -> Networks:
-        """Makes one network, "model"."""
+        """Makes one network, "model".
+
+        Raises:
+          UsageError: if its last layer alone is to be trained, but is not known.
+        """
         height, width, channels = self.image_shape
         name = self.config.model
-        options = {"num_classes": len(self.class_names), "in_channels": channels}
+        options: dict[str, Any] = {
+            "num_classes": len(self.class_names),
+            "in_channels": channels,
+        }
         if "image_size" in models.describe(name).options:
             # The network itself refuses images that are not square, and says so.
             options["image_size"] = min(height, width)
-        dtype = self.config.dtype
-        return {"model": models.create(name, rngs=rngs, dtype=dtype, **options)}
+        if self.config.norm is not None:
+            options["norm"] = self.config.norm
+        network = models.create(name, rngs=rngs, dtype=self.config.dtype, **options)
+        if self.config.freeze == "backbone":
+            if not network.head_paths:
+                raise UsageError(
+                    f"freeze 'backbone' needs a network whose last layer is known, got "
+                    f"{name}: take another network, or leave freeze out"
+                )
+            freeze(network, trained=network.head_paths)
+        return {"model": network}
 
-    def load_weights(self, networks: Networks) -> None:
-        """Loads the weights to fine-tune from; a head for other classes starts anew.
+    def load_weights(self, networks: Networks) -> str:
+        """Loads the weights to fine-tune from; a head that does not fit starts anew.
+
+        Returns:
+          A line that says what became of the head.
 
         Raises:
           UsageError: if the file is missing or is for another network.
         """
-        path = self.config.weights
+        path, channels = self.config.weights, self.image_shape[-1]
         if path is None:
-            return
-        for new_head in (False, True):
+            return ""
+        for new_head in (True,) if self.config.new_head else (False, True):
             try:
                 models.load_weights(networks["model"], path, new_head=new_head)
             except (OSError, ValueError) as error:
                 problem = error
             else:
-                return
-        raise UsageError(f"weights: {problem}") from problem
+                return self._about_head(networks["model"], new_head)
+        hint = ""
+        if channels == 1 and isinstance(problem, ValueError):  # the file was read
+            hint = (
+                "\nif the file is for RGB images, normalization 'imagenet' turns these "
+                "gray ones into RGB"
+            )
+        raise UsageError(f"weights: {problem}{hint}") from problem
+
+    def _about_head(self, network: models.Network, new_head: bool) -> str:
+        """Says whether the head is pretrained."""
+        head = f"the head ({', '.join(network.head_paths)})"
+        if not new_head:
+            return f"{head} is kept from {self.config.weights}, with its classes"
+        if self.config.new_head:
+            return f"{head} starts anew, as new_head says"
+        classes = len(self.class_names)
+        file = self.config.weights
+        return f"{head} starts anew, as {file} has none for {classes} classes"
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         """Returns the optimizer settings of the run."""
@@ -123,15 +181,16 @@ class Classification:
 
     def loss(
         self, name: str, networks: Networks, batch: Batch
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the mean cross-entropy, and the accuracy."""
+    ) -> tuple[SumAndCount, Metrics]:
+        """Returns the cross-entropy and the accuracy."""
         logits, labels = networks[name](batch["image"]), batch["label"]
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing
         )
         losses = optax.softmax_cross_entropy(logits, targets)
         correct = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-        return losses.mean(), {"accuracy": (correct.sum(), jnp.float32(labels.size))}
+        count = jnp.float32(labels.size)
+        return (losses.sum(), count), {"accuracy": (correct.sum(), count)}
 
     def evaluate(
         self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
@@ -190,25 +249,29 @@ class Classification:
         names: Sequence[str],
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
-    ) -> list[str]:
-        """Saves `predictions.csv`, and the photos as `predictions.png`.
+    ) -> list[Prediction]:
+        """Saves the photos, with their classes, as `predictions.png`.
 
         Returns:
-          The most likely classes of each photo.
+          The most likely classes of each photo, and the probability of each class.
         """
-        with (folder / "predictions.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "class", *self.class_names])
-            for name, shares in zip(names, predictions, strict=True):
-                best = self.class_names[shares.argmax()]
-                writer.writerow([name, best, *(f"{share:.6f}" for share in shares)])
+        del names
         titles = [
             shares_in_words(shares, self.class_names, 1) for shares in predictions
         ]
         plots.save_images(
             {"photo": photos}, folder / "predictions.png", captions=titles
         )
-        return [shares_in_words(shares, self.class_names) for shares in predictions]
+        return [
+            Prediction(
+                shares_in_words(shares, self.class_names),
+                [
+                    ("class", self.class_names[shares.argmax()]),
+                    *zip(self.class_names, map("{:.6f}".format, shares), strict=True),
+                ],
+            )
+            for shares in predictions
+        ]
 
     def save_comparison(
         self,

@@ -18,14 +18,23 @@ from PIL import Image
 import models
 from train import plots
 from train.config import TrainingConfig
-from train.data import Dataset, augment
+from train.data import Dataset
 from train.data.augment import Augmentation
 from train.data.config import DataConfig
 from train.errors import UsageError
 from train.metrics import confusion_matrix, intersection_over_union
 from train.optim.config import OptimizerConfig
 from train.settings import AnyPath, Choice, settings
-from train.tasks.base import Batch, Metrics, Networks, Sums, shares_in_words
+from train.tasks.base import (
+    Batch,
+    Metrics,
+    Networks,
+    Prediction,
+    SumAndCount,
+    Sums,
+    shares_in_words,
+)
+from train.tasks.fine_tuning import FineTuningConfig, freeze, make_normalize
 
 # All segmentation networks take heights and widths that are multiples of this.
 _STRIDE = 8
@@ -34,7 +43,7 @@ ModelName = Annotated[str, Choice("model", models.names(task="segmentation"))]
 
 
 @settings
-class SegmentationConfig(TrainingConfig):
+class SegmentationConfig(FineTuningConfig):
     """Train a network to classify every pixel."""
 
     task: ClassVar[str] = "segmentation"
@@ -44,6 +53,8 @@ class SegmentationConfig(TrainingConfig):
     )
     model: ModelName = "unet_small"
     """Network to train."""
+    norm: Literal["batch", "group", "instance", "none"] | None = None
+    """Normalization of the layers, if not the network's own."""
     epochs: Annotated[int, pydantic.Field(ge=1)] = 4
     """Passes over the training examples."""
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 8
@@ -63,6 +74,12 @@ class SegmentationConfig(TrainingConfig):
     the frequency of the pixel's class."""
     backbone_weights: AnyPath | None = None
     """Safetensors of a classifier, for the backbone of PSPNet and DUC-HDC."""
+
+    def __post_init__(self) -> None:
+        FineTuningConfig.__post_init__(self)
+        self.check_network(
+            self.model, self.norm, self.backbone_weights, "backbone_weights"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,31 +127,47 @@ class Segmentation:
         colors = dataset.colors
         if colors is None:
             colors = plots.class_colors(dataset.num_classes)
-        normalize = augment.normalize(dataset.mean, dataset.std)
+        normalize, channels = make_normalize(config, dataset)
         return cls(
             config=config,
             class_names=dataset.class_names,
             colors=colors,
             class_weights=tuple(weights.tolist()),
             ignore_label=ignore_label,
-            in_channels=len(dataset.mean),
+            in_channels=channels,
             augment=config.data.augmentation(dataset, normalize),
             normalize=normalize,
         )
 
     def create_networks(self, rngs: nnx.Rngs) -> Networks:
-        """Makes one network, "model"."""
+        """Makes one network, "model".
+
+        Raises:
+          UsageError: if its backbone is to be kept, but there is none.
+        """
+        norm = self.config.norm
         network = models.create(
             self.config.model,
             rngs=rngs,
             num_classes=len(self.class_names),
             in_channels=self.in_channels,
             dtype=self.config.dtype,
+            **({} if norm is None else {"norm": norm}),
         )
+        if self.config.freeze == "backbone":
+            if network.backbone is None:
+                raise UsageError(
+                    f"{self.config.model} has no backbone: leave freeze out, or take "
+                    "another network"
+                )
+            freeze(network.backbone)
         return {"model": network}
 
-    def load_weights(self, networks: Networks) -> None:
+    def load_weights(self, networks: Networks) -> str:
         """Loads the weights of the backbone, if the config names a file.
+
+        Returns:
+          A line that says so.
 
         Raises:
           UsageError: if there is no backbone, or the file is missing or is for another
@@ -142,7 +175,7 @@ class Segmentation:
         """
         path = self.config.backbone_weights
         if path is None:
-            return
+            return ""
         backbone = networks["model"].backbone
         if backbone is None:
             raise UsageError(
@@ -152,6 +185,7 @@ class Segmentation:
             models.load_weights(backbone, path, new_head=True)
         except (OSError, ValueError) as error:
             raise UsageError(f"backbone_weights: {error}") from error
+        return f"the backbone is that of {path}, and the head starts anew"
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         """Returns the optimizer settings of the run."""
@@ -164,41 +198,35 @@ class Segmentation:
 
     def loss(
         self, name: str, networks: Networks, batch: Batch
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the mean cross-entropy of labeled pixels, and the accuracy.
+    ) -> tuple[SumAndCount, Metrics]:
+        """Returns the cross-entropy and the accuracy of labeled pixels.
 
-        If the network has auxiliary logits, their weighted loss is added. A batch
-        without labeled pixels has a loss of 0.
+        If the network has auxiliary logits, their weighted loss is added. The count of
+        the loss is the sum of the class weights of the pixels.
         """
         network, mask = networks[name], batch["mask"]
         logits, auxiliary = _on_multiples(network.with_auxiliary, batch["image"])
-        loss = _mean(*self._losses(logits, mask))
+        losses, weights = self._losses(logits, mask)
+        total = losses.sum()
         if auxiliary is not None:
-            auxiliary_loss = _mean(*self._losses(auxiliary, mask))
-            loss += network.auxiliary_weight * auxiliary_loss
+            losses, _ = self._losses(auxiliary, mask)
+            total += network.auxiliary_weight * losses.sum()
         labeled = mask != self.ignore_label
         correct = labeled & (logits.argmax(axis=-1) == mask)
         count = labeled.sum(dtype=jnp.float32)
-        metrics = {
-            "pixel_accuracy": (
-                correct.sum(dtype=jnp.float32),
-                # A batch without labels has an accuracy of 0, not NaN.
-                jnp.maximum(count, 1),
-            )
-        }
-        return loss, metrics
+        metrics = {"pixel_accuracy": (correct.sum(dtype=jnp.float32), count)}
+        return (total, weights.sum()), metrics
 
     def evaluate(
         self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
     ) -> Sums:
-        """Returns the sums of loss and pixel weights, and the confusion matrix."""
+        """Returns the sum of the weighted losses, and the confusion matrix."""
         logits = self._logits(networks, batch["image"])
         is_example = weights.reshape(-1, 1, 1) > 0
         mask = jnp.where(is_example, batch["mask"], self.ignore_label)
-        losses, pixel_weights = self._losses(logits, mask)
+        losses, _ = self._losses(logits, mask)
         return {
             "loss": losses.sum(),
-            "weight": pixel_weights.sum(),
             "confusion": confusion_matrix(
                 mask,
                 logits.argmax(axis=-1),
@@ -215,10 +243,11 @@ class Segmentation:
         """
         confusion = sums["confusion"].astype(np.int64)
         count = max(confusion.sum(), 1)
+        weight = confusion.sum(axis=1) @ np.array(self.class_weights)
         iou = intersection_over_union(confusion)
         occurs = ~np.isnan(iou)
         return {
-            "loss": float(sums["loss"] / max(sums["weight"], 1e-12)),
+            "loss": float(sums["loss"] / max(weight, 1e-12)),
             "mean_iou": float(iou[occurs].mean()) if occurs.any() else 0.0,
             "pixel_accuracy": float(np.trace(confusion) / count),
             **{
@@ -270,22 +299,25 @@ class Segmentation:
         names: Sequence[str],
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
-    ) -> list[str]:
-        """Saves drawings, `NAME.png`, and the class of each pixel, `NAME-classes.png`.
+    ) -> list[Prediction]:
+        """Saves `NAME-drawn.png`, and the class of each pixel as `NAME-classes.png`.
 
         Returns:
           The classes with the largest areas of each photo.
         """
-        lines = []
+        made = []
         for name, photo, mask in zip(names, photos, predictions, strict=True):
             image = Image.fromarray(mask.astype(np.uint8))
             image = image.resize(photo.shape[1::-1], Image.Resampling.NEAREST)
-            image.save(folder / f"{name}-classes.png")
+            # One suffix each, or the mask of x.png would replace that of x-classes.png.
+            drawn, classes = f"{name}-drawn.png", f"{name}-classes.png"
+            image.save(folder / classes)
             mask = np.asarray(image)
-            self._save_masks(folder / f"{name}.png", [photo], {"prediction": [mask]})
+            self._save_masks(folder / drawn, [photo], {"prediction": [mask]})
             shares = np.bincount(mask.ravel(), minlength=len(self.class_names))
-            lines.append(shares_in_words(shares / mask.size, self.class_names))
-        return lines
+            line = shares_in_words(shares / mask.size, self.class_names)
+            made.append(Prediction(line, [("drawn", drawn), ("classes", classes)]))
+        return made
 
     def _save_masks(
         self,
@@ -322,11 +354,6 @@ class Segmentation:
         weights = jnp.where(labeled, jnp.array(self.class_weights)[labels], 0.0)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses * weights, weights
-
-
-def _mean(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    total = weights.sum()
-    return losses.sum() / jnp.where(total > 0, total, 1)
 
 
 def _on_multiples(network: Callable[[jax.Array], Any], images: jax.Array) -> Any:

@@ -23,7 +23,7 @@ from train.data.config import DataConfig
 from train.metrics import psnr, ssim
 from train.optim.config import OptimizerConfig
 from train.settings import Choice, NonNegative, settings
-from train.tasks.base import Batch, Metrics, Networks, Sums
+from train.tasks.base import Batch, Metrics, Networks, Prediction, SumAndCount, Sums
 
 _GENERATORS = models.names("unet*", task="translation")
 _DISCRIMINATORS = models.names("*gan*", task="translation")
@@ -129,8 +129,10 @@ class Translation:
         )
         return {"discriminator": discriminator, "generator": generator}
 
-    def load_weights(self, networks: Networks) -> None:
+    def load_weights(self, networks: Networks) -> str:
         """Loads nothing: both start from random weights, as in the paper."""
+        del networks
+        return ""
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         """Returns the optimizer settings of a network, with or without techniques."""
@@ -145,13 +147,14 @@ class Translation:
 
     def loss(
         self, name: str, networks: Networks, batch: Batch
-    ) -> tuple[Float[Array, ""], Metrics]:
+    ) -> tuple[SumAndCount, Metrics]:
         """Returns the loss of the discriminator or the generator.
 
-        The objective of the discriminator is halved, as in the paper. Both losses are
+        Losses and metrics are means, of count 1: all images have the same weight. The
+        objective of the discriminator is halved, as in the paper. Both losses are
         for the fake images of the generator as it was before the step.
         """
-        inputs, targets = batch["input"], batch["target"]
+        inputs, targets, count = batch["input"], batch["target"], jnp.float32(1)
         fakes = networks["generator"](inputs)
 
         def logits(images: jax.Array) -> jax.Array:
@@ -159,13 +162,11 @@ class Translation:
 
         if name == "discriminator":
             real, fake = logits(targets), logits(jax.lax.stop_gradient(fakes))
-            return (self._gan_loss(real, True) + self._gan_loss(fake, False)) / 2, {}
+            loss = (self._gan_loss(real, True) + self._gan_loss(fake, False)) / 2
+            return (loss, count), {}
         gan, l1 = self._gan_loss(logits(fakes), True), jnp.abs(fakes - targets).mean()
-        metrics = {
-            "gan": (gan, jnp.float32(1)),
-            "l1": (l1 / 2, jnp.float32(1)),  # for images in [0, 1]
-        }
-        return gan + self.config.l1_weight * l1, metrics
+        metrics = {"gan": (gan, count), "l1": (l1 / 2, count)}  # for images in [0, 1]
+        return (gan + self.config.l1_weight * l1, count), metrics
 
     def evaluate(
         self, networks: Networks, batch: Batch, weights: Float[Array, " batch"]
@@ -226,12 +227,15 @@ class Translation:
         names: Sequence[str],
         photos: Sequence[np.ndarray],
         predictions: Sequence[np.ndarray],
-    ) -> list[str]:
+    ) -> list[Prediction]:
         """Saves each translated image as `NAME.png`, in the size of its photo."""
         for name, photo, fake in zip(names, photos, predictions, strict=True):
             image = Image.fromarray(fake[..., 0] if fake.shape[-1] == 1 else fake)
             image.resize(photo.shape[1::-1]).save(folder / f"{name}.png")
-        return [f"translated, {name}.png" for name in names]
+        return [
+            Prediction(f"translated, {name}.png", [("picture", f"{name}.png")])
+            for name in names
+        ]
 
     def _gan_loss(
         self, logits: Float[Array, "batch height width 1"], is_real: bool

@@ -64,7 +64,8 @@ def test_validation_holds_out_training_images_only(digits):
     [
         (
             "digit",
-            r"unknown dataset 'digit'; known: digits, .*image_folder/NAME.*cifar10",
+            r"unknown dataset 'digit'; did you mean digits.*known: digits, "
+            r".*image_folder/NAME.*cifar10",
         ),
         ("../etc", "unknown dataset"),
         ("image_folder", "name the dataset, as in image_folder/flowers"),

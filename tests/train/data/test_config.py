@@ -158,3 +158,57 @@ def test_the_looks_of_pairs_are_not_changed(name):
     scenes = data.load("digit_scenes", task="translation")
     with pytest.raises(UsageError, match=rf"{name} changes .* leave it out of augment"):
         config.augmentation(scenes, NORMALIZE)
+
+
+# ------------------------------- Fewer images -----------------------------------------
+
+
+def fewer(count, **options):
+    config = DataConfig(train_examples=count, **options)
+    return config.load("classification").split("train")
+
+
+@pytest.mark.parametrize("loader", ["memory", "grain"])
+def test_fewer_images_are_of_all_classes_alike(loader):
+    split = fewer(105, loader=loader)
+    labels = split.read(range(105))["label"]
+    assert sorted(np.bincount(labels)) == [10] * 5 + [11] * 5
+    arrays = split.arrays()
+    np.testing.assert_array_equal(arrays["label"], labels)
+    np.testing.assert_array_equal(arrays["image"], split.read(range(105))["image"])
+    # The same ones every time, and part of what is more.
+    assert split.rows == fewer(105).rows
+    assert set(split.rows) < set(fewer(300).rows)
+    assert fewer(1000).rows == tuple(range(1000))
+
+
+def test_fewer_images_leave_out_those_held_out_for_validation():
+    config = DataConfig(train_examples=50, eval_split="validation")
+    dataset = config.load("classification")
+    assert len(dataset.split("validation")) == 200
+    assert max(dataset.split("train").rows) < 800
+
+
+def test_a_rare_class_gives_all_its_images():
+    split = fewer(1000)
+    labels = split.arrays()["label"]
+    rare = np.flatnonzero(labels == 3)[:2]
+    kept = sorted({*rare.tolist(), *np.flatnonzero(labels != 3).tolist()})
+    few = dataclasses.replace(split, rows=tuple(kept)).subset(101)
+    assert np.bincount(few.arrays()["label"])[3] == 2
+    assert np.bincount(few.arrays()["label"]).max() == 11
+
+
+def test_fewer_pairs_and_masks_are_drawn_without_labels(scenes):
+    train = scenes.split("train").subset(30)
+    assert len(train) == len(set(train.rows)) == 30
+    assert train.rows == tuple(sorted(train.rows))
+    assert max(train.rows) > 1000  # not the first ones
+
+
+@pytest.mark.parametrize(("count", "most"), [(1001, 1000), (801, 800)])
+def test_more_images_than_there_are_are_refused(count, most):
+    split = "test" if most == 1000 else "validation"
+    message = f"train_examples must be at most {most}, the training images of digits"
+    with pytest.raises(UsageError, match=message):
+        fewer(count, eval_split=split)

@@ -181,6 +181,7 @@ def kill_at_every_point(work, data_dir, check):
     while killed(work, data_dir, point):
         check()
         point += 1
+    print(f"killed at {point - 1} points")
     assert point > LEAST_POINTS
 
 
@@ -384,6 +385,140 @@ def test_a_disk_is_full_while_preparing(source, undisturbed, place, file, messag
     assert content(place) == content(undisturbed)
 
 
+# What a full disk refuses, by its name among Python's audit events.
+GROWTH = {"os.mkdir", "os.rename"}
+
+
+class _FullDisk:
+    """Refuses all that needs room in a folder, from one of its events on.
+
+    Events are folders made, files opened for writing, synced and renamed.
+    """
+
+    def __init__(self, folder):
+        self._folder, self._left, self.events = str(folder), None, []
+        sys.addaudithook(self._watch)
+        fsync = os.fsync
+
+        def refusing_fsync(descriptor):
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            self._meet("fsync", path)
+            return fsync(descriptor)
+
+        os.fsync = refusing_fsync
+
+    @contextlib.contextmanager
+    def after(self, events):
+        """Within the block, the disk is full after some events."""
+        self._left, self.events = events, []
+        try:
+            yield
+        finally:
+            self._left = None
+
+    def _watch(self, event, arguments):
+        opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in GROWTH or opened:
+            self._meet(event, str(arguments[0]))
+
+    def _meet(self, event, path):
+        if self._left is None or not path.startswith(self._folder):
+            return
+        self.events.append(f"{event} {os.path.basename(path)}")
+        self._left -= 1
+        if self._left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def _sweep_full_disk(make_work, clear, outcome, place, log):
+    """Does work on a disk that is full after 0, 1, 2, ... events, until it is not met.
+
+    Each time, the work then goes on with room, and ends as if undisturbed.
+    """
+    disk = _FullDisk(place)
+    clear(place)
+    make_work(place)()
+    expected = outcome(place)
+    for room in itertools.count():
+        clear(place)
+        said = ""
+        with disk.after(room):
+            try:
+                make_work(place)()
+            except (UsageError, OSError) as error:
+                said = str(error)
+        events = disk.events
+        assert "\n" not in said
+        assert_nothing_is_left_over(place)
+        assert outcome(place, partly=True).items() <= expected.items(), events
+        make_work(place)()
+        assert outcome(place) == expected, events
+        if len(events) <= room:
+            break
+    log.write_text("\n".join(events))
+
+
+def _clear_all(place):
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _clear_measured(place):
+    folder = data.folder_of(NAME, place)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    (folder / "statistics.json").unlink(missing_ok=True)
+
+
+def _prepared_content(place, partly=False):
+    found = content(place)
+    return {} if partly and found is None else {"content": found}
+
+
+def _measured_content(place, partly=False):
+    found = {name: file.hex() for name, file in cached(place).items()}
+    measured = statistics(place)
+    return found if partly and measured is None else found | {"statistics": measured}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["noise.tar.gz", "tree"])
+def test_a_disk_is_full_at_every_event_of_preparing(source, place, tmp_path, file):
+    make = partial(preparing, source.with_name(file))
+    log = tmp_path / "events.txt"
+    run(partial(_sweep_full_disk, make, _clear_all, _prepared_content, place, log))
+    events = log.read_text().splitlines()
+    print(len(events), "events:", *events, sep="\n")
+    assert any(event.startswith("os.rename") for event in events)
+    assert sum(event.startswith("fsync") for event in events) >= 5
+    assert len(events) >= 12
+
+
+@pytest.mark.slow
+def test_a_disk_is_full_at_every_event_of_measuring_and_caching(
+    undisturbed, copied, tmp_path
+):
+    make = partial(loading, **CACHE)
+    log = tmp_path / "events.txt"
+    run(
+        partial(_sweep_full_disk, make, _clear_measured, _measured_content, copied, log)
+    )
+    events = log.read_text().splitlines()
+    print(len(events), "events:", *events, sep="\n")
+    assert sum(event.startswith("os.rename") for event in events) == 3
+    assert sum(event.startswith("fsync") for event in events) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 100, 4_000, 70_000, 500_000, 3_000_000])
+def test_a_disk_is_full_after_some_bytes(source, undisturbed, place, size):
+    work = preparing(source.with_name("tree"), place)
+    with disk_of(size), contextlib.suppress(UsageError, OSError):
+        work()
+    assert content(place) in (None, content(undisturbed))
+    assert_nothing_is_left_over(place)
+    work()
+    assert content(place) == content(undisturbed)
+
+
 def test_a_disk_is_full_while_building_a_cache(undisturbed, copied):
     split = loading(copied)().split("train")
     with (
@@ -425,14 +560,14 @@ def test_a_cache_that_cannot_be_made_is_explained(copied):
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
 def test_statistics_need_no_place_to_write(undisturbed, copied, monkeypatch, number):
-    def refuse(path, text):
-        path.touch()
-        raise OSError(number, "refused", str(path))
+    def refuse(descriptor):
+        raise OSError(number, "refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", refuse)
+        patch.setattr(os, "fsync", refuse)
         dataset = loading(copied)()
     assert statistics(copied) is None
+    assert_nothing_is_left_over(copied)
     assert dataset.mean == loading(undisturbed)().mean
     loading(copied)()
     assert statistics(copied) == statistics(undisturbed)

@@ -50,7 +50,7 @@ def decoded(monkeypatch):
 
 def statistics(data_dir):
     path = data.folder_of(NAME, data_dir) / "statistics.json"
-    return json.loads(path.read_text())
+    return json.loads(path.read_text())["splits"]
 
 
 def cached(data_dir):

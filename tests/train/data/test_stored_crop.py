@@ -25,7 +25,7 @@ SMALL = {"scale": (1 / 16, 1 / 16), "ratio": (1.0, 1.0)}
 
 def save(folder, images, split="train"):
     for i, image in enumerate(images):
-        path = folder / split / "a" / f"{i}.png"
+        path = folder / split / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image)).save(path)
 

@@ -176,15 +176,13 @@ def test_bad_flags_are_refused(flags, message, capsys):
     ("name", "known"), [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)]
 )
 def test_unknown_names_are_refused_with_those_that_are_known(name, known, capsys):
-    message = f"unknown {name} 'cosin'; known: {', '.join(known)}"
+    message = f"unknown {name} 'xyz'; known: {', '.join(known)}"
     with pytest.raises(UsageError, match=f"^{message}$"):
-        OptimizerConfig(**{name: "cosin"})
+        OptimizerConfig(**{name: "xyz"})
     with pytest.raises(SystemExit) as raised:
-        tyro.cli(OptimizerConfig, args=[f"--{name}", "cosin"])
+        tyro.cli(OptimizerConfig, args=[f"--{name}", "xyz"])
     assert raised.value.code == 2
-    text = squeezed(capsys.readouterr().err)
-    assert f"invalidchoice'cosin'forargument'--{name}'" in text
-    assert all(repr(choice) in text for choice in known)
+    assert squeezed(message) in squeezed(capsys.readouterr().err)
 
 
 def test_command_line():

@@ -17,9 +17,12 @@ from train.optim.techniques import TECHNIQUES, TechniqueOptions, markdown_table
 ROOT = Path(__file__).parents[3]
 ROWS = pytest.mark.parametrize("row", TECHNIQUES.values(), ids=TECHNIQUES)
 
-# Exports that are no technique: a schedule, and the types of the states.
+# What is there to compare with.
+OF_OPTAX = {"sam", "scale_by_mean", "optax_centralize", "normalize"}
+# Exports that are no technique: functions, and the types of the states.
+FUNCTIONS = {"global_norms", "logged_scalars", "triangular_schedule"}
 NO_TECHNIQUES = {
-    "triangular_schedule",
+    *FUNCTIONS,
     "BarzilaiBorweinStepState",
     "PerturbedUnitStepState",
     "ScaleByRandomState",
@@ -35,13 +38,10 @@ def state_type(row):
 def test_every_transform_of_the_library_is_in_the_table():
     names = [name for row in TECHNIQUES.values() for name in (row.name, *row.aliases)]
     assert len(set(names)) == len(names)
-    # SAM is optax's.
-    assert {*names} - {"sam"} == {*optax_tricks.__all__} - NO_TECHNIQUES
+    assert {*names} - OF_OPTAX == {*optax_tricks.__all__} - NO_TECHNIQUES
     assert {*optax_tricks.__all__} >= NO_TECHNIQUES
     states = {state_type(row) for row in TECHNIQUES.values()} - {None}
-    assert {state.__name__ for state in states} == NO_TECHNIQUES - {
-        "triangular_schedule"
-    }
+    assert {state.__name__ for state in states} == NO_TECHNIQUES - FUNCTIONS
 
 
 def test_rows_are_found_by_their_names():
@@ -137,7 +137,7 @@ def test_the_table_has_a_line_for_each_paper():
     cells = [cell.strip() for cell in header.strip("|").split("|")]
     assert cells == ["Technique", "Transforms", "Idea", "Gradients per step"]
     assert set(rule) == set("|- ")
-    rows = [row for row in TECHNIQUES.values() if row.name != "sam"]
+    rows = [row for row in TECHNIQUES.values() if row.name not in OF_OPTAX]
     for row, line in zip(rows, lines, strict=True):
         paper, transforms, idea, gradients = map(str.strip, line.strip("|").split("|"))
         assert paper == f"{row.title} ([{row.paper}]({row.url}))"

@@ -1,8 +1,11 @@
 """The folder of a run: who may use it, and what is written to it."""
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from train.output.run_folder import RunFolderError, open_run_folder
 
@@ -81,6 +84,68 @@ def test_a_config_of_something_else_is_refused(tmp_path, content):
         open_folder(tmp_path),
     ):
         pass
+
+
+WHOLE = json.dumps({"config": {"epochs": 3}, "environment": {"jax": "1"}}).encode()
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_content_of_the_settings_is_taken_or_refused(tmp_path, data):
+    changed = bytearray(WHOLE)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(changed) - 1))
+        changed[place : place + data.draw(st.integers(0, 2))] = data.draw(
+            st.binary(max_size=3)
+        )
+    (tmp_path / "config.json").write_bytes(changed)
+    with contextlib.suppress(RunFolderError), open_folder(tmp_path, {"epochs": 3}):
+        assert json.loads(changed)["config"] == {"epochs": 3}
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff", b"null", b'{"config": 1}']
+)
+def test_settings_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(RunFolderError), open_folder(tmp_path):
+        pass
+
+
+def finished(folder):
+    with open_folder(folder) as found:
+        return found.is_finished()
+
+
+def test_a_run_is_finished_while_all_its_results_are_there(tmp_path):
+    with open_folder(tmp_path) as folder:
+        folder.start()
+        folder.append("metrics.jsonl", {"loss": 1})
+        (tmp_path / "curves.png").write_bytes(b"drawn")
+        assert not folder.is_finished()
+        folder.finish({"loss": 1})
+    assert finished(tmp_path)
+    (tmp_path / "comparison.png").write_bytes(b"of the user")
+    assert finished(tmp_path)
+    summary = (tmp_path / "summary.json").read_bytes()
+    for name in ("metrics.jsonl", "curves.png"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-1])
+        assert not finished(tmp_path)
+        (tmp_path / name).unlink()
+        assert not finished(tmp_path)
+        (tmp_path / name).write_bytes(content)
+        assert finished(tmp_path)
+    for broken in (
+        summary[:-9],
+        b"",
+        b"[]",
+        b'{"files": {}}',
+        b'{"files": 3}',
+        b"\xff",
+    ):
+        (tmp_path / "summary.json").write_bytes(broken)
+        assert not finished(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -5,6 +5,8 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.shared import mean_of
+
 
 @pytest.fixture
 def descend():
@@ -20,7 +22,7 @@ def descend():
             def loss(params):
                 network = nnx.merge(graphdef, params, rest, copy=True)
                 networks = nnx.merge(*others, copy=True) | {name: network}
-                return task.loss(name, networks, batch)[0]
+                return mean_of(task.loss(name, networks, batch)[0])
 
             value, grads = jax.value_and_grad(loss)(params)
             updates, opt_state = tx.update(grads, opt_state)

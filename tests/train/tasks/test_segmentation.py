@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from flax import nnx
 
 import models
+from optax_tricks.nnx import batch_gradients, split
+from tests.shared import mean_of
 from train.data import augment
 from train.data.config import DataConfig
 from train.errors import UsageError
@@ -85,7 +88,9 @@ def losses_of(batch, weights=(1, 1, 1), sign=1):
 
 
 def loss_of(task, networks, batch):
-    return task.loss("model", networks, task.normalize(jax.random.key(0), batch))
+    batch = task.normalize(jax.random.key(0), batch)
+    loss, metrics = task.loss("model", networks, batch)
+    return mean_of(loss), metrics
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 3.0, 0.0)])
@@ -120,11 +125,89 @@ def test_pspnet_has_its_auxiliary_loss():
         networks = nnx.merge(graphdef, state)
         if not used:
             networks["model"].auxiliary_head = None
-        return task.loss("model", networks, batch)[0]
+        return mean_of(task.loss("model", networks, batch)[0])
 
     assert jax.eval_shape(lambda s, b: loss(s, b, True), state, prepared).shape == ()
     with pytest.raises(TypeError, match="NoneType"):
         jax.eval_shape(lambda s, b: loss(s, b, False), state, prepared)
+
+
+class Accumulated(models.Network):
+    """A linear map of pixels, with auxiliary logits."""
+
+    auxiliary_weight = 0.4
+
+    def __init__(self, rngs):
+        self.main = nnx.Linear(3, 3, rngs=rngs)
+        self.auxiliary = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, images):
+        return self.main(images)
+
+    def with_auxiliary(self, images):
+        return self.main(images), self.auxiliary(images)
+
+
+def gradients_in_numpy(params, batch, class_weights):
+    """Mean loss of a batch and its gradient, from the formulas in float64."""
+    pixels = (batch["image"] / 255.0 - 0.5) / 0.25
+    labeled = batch["mask"] != VOID
+    pixels, labels = pixels[labeled], batch["mask"][labeled]
+    weights = np.asarray(class_weights)[labels]
+    total, grads = 0.0, {}
+    for name, factor in (("main", 1.0), ("auxiliary", 0.4)):
+        layer = {key: np.float64(value) for key, value in params[name].items()}
+        logits = pixels @ layer["kernel"] + layer["bias"]
+        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        total -= (
+            factor * (weights * np.log(shares[np.arange(len(labels)), labels])).sum()
+        )
+        errors = factor * weights[:, None] * (shares - np.eye(3)[labels])
+        grads[name] = {"kernel": pixels.T @ errors, "bias": errors.sum(0)}
+    count = weights.sum() or 1.0
+    return total / count, jax.tree.map(lambda g: g / count, grads)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "class_weights", "grad_accum_steps"),
+    [
+        ("some", (1.0, 1.0, 1.0), 4),
+        ("some", (0.5, 3.0, 0.0), 1),
+        ("some", (0.5, 3.0, 0.0), 2),
+        ("some", (0.5, 3.0, 0.0), 4),
+        ("whole images", (0.5, 3.0, 0.0), 4),
+        ("whole part", (0.5, 3.0, 0.0), 2),
+        ("all", (0.5, 3.0, 0.0), 2),
+    ],
+)
+def test_parts_have_the_loss_and_gradients_of_the_whole_batch(
+    ignored, class_weights, grad_accum_steps
+):
+    batch = make_batch(8)
+    rows = {"some": [], "whole images": [0, 3, 5], "whole part": [1, 3, 5, 7]}
+    batch["mask"][rows.get(ignored, slice(None))] = VOID
+    task = make_task(class_weights)
+    graphdef, params, model_state = split(Accumulated(nnx.Rngs(0)))
+    found = batch_gradients(
+        lambda model, batch: task.loss("model", {"model": model}, batch),
+        graphdef,
+        params,
+        model_state,
+        task.normalize(jax.random.key(0), batch),
+        grad_accum_steps=grad_accum_steps,
+    )
+    loss, grads = gradients_in_numpy(params, batch, class_weights)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    chex.assert_trees_all_close(found.grads, grads, rtol=1e-4, atol=1e-6)
+    elsewhere = jax.tree.map(lambda w: w + 0.1, params)
+    _, grads = gradients_in_numpy(elsewhere, batch, class_weights)
+    chex.assert_trees_all_close(
+        found.grad_fn(elsewhere, 0), grads, rtol=1e-4, atol=1e-6
+    )
+    correct, count = found.aux["pixel_accuracy"]
+    labeled = batch["mask"] != VOID
+    assert count == labeled.sum()
+    assert correct <= count
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_nan():
@@ -132,8 +215,7 @@ def test_a_batch_without_labels_has_no_loss_and_no_nan():
     task = make_task()
     loss, metrics = loss_of(task, {"model": WithAuxiliary()}, batch)
     assert loss == 0
-    total, count = metrics["pixel_accuracy"]
-    assert total / count == 0
+    assert metrics["pixel_accuracy"] == (0, 0)
 
     def scaled(factor):
         networks = {"model": Network(lambda images: factor * images)}
@@ -176,6 +258,17 @@ def test_scores_of_a_split_in_batches_with_filling():
         },
         rel=1e-5,
     )
+
+
+def test_scores_of_many_large_photos():
+    """240 photos of 12 megapixels, whose counts are beyond int32."""
+    task = make_task((0.5, 3.0, 1.0))
+    confusion = np.array([[2_000_000_000, 1, 0], [1, 879_999_998, 0], [0, 0, 0]])
+    weight = 0.5 * 2_000_000_001 + 3.0 * 879_999_999
+    scores = task.scores({"confusion": confusion, "loss": np.float64(0.25 * weight)})
+    assert scores["pixel_accuracy"] == pytest.approx(1 - 2 / 2_880_000_000, rel=1e-12)
+    assert scores["loss"] == pytest.approx(0.25, rel=1e-12)
+    assert scores["iou_road"] == pytest.approx(1 - 2 / 880_000_000, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 18)])
@@ -271,14 +364,15 @@ def test_backbone_weights(tmp_path):
     class WithBackbone:
         backbone = models.create("resnet8", num_classes=5, rngs=nnx.Rngs(1))
 
-    unet.load_weights({"model": WithBackbone})
+    said = unet.load_weights({"model": WithBackbone})
+    assert said == f"the backbone is that of {path}, and the head starts anew"
     np.testing.assert_array_equal(
         WithBackbone.backbone.conv1.kernel.get_value(), wrong.conv1.kernel.get_value()
     )
     missing = make_task(backbone_weights=tmp_path / "none.safetensors")
     with pytest.raises(UsageError, match=r"^backbone_weights: there is no file"):
         missing.load_weights({"model": WithBackbone})
-    make_task().load_weights({})  # nothing to load
+    assert make_task().load_weights({}) == ""
 
 
 def test_a_crop_larger_than_the_images_is_refused():

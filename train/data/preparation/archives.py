@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn
 
 from train.errors import UsageError
+from train.names import composed
 from train.progress import Progress
 
 _MAX_FILE_BYTES = 1 << 28
@@ -32,6 +33,20 @@ _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
+}
+# The first bytes of kinds that are not read, and their names.
+_OTHER_KINDS = {
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"\x1f\x9d": "compress",
+    b"\x5d\x00\x00": "lzma",
+    b"MSCF": "cab",
+    b"\x89HDF": "HDF5",
+    b"PAR1": "parquet",
+    b"SQLite": "SQLite",
 }
 _DAMAGED = (
     tarfile.TarError,
@@ -50,6 +65,8 @@ class SourceError(UsageError):
 class Source:
     """Files by their relative names, which have forward slashes.
 
+    Names are in the composed form of Unicode, whichever form the source has.
+
     Attributes:
       path: the folder or archive.
       names: sorted names of all files that are not hidden.
@@ -65,10 +82,19 @@ class Source:
         read: Callable[[str], bytes],
     ):
         self.path = path
-        self._sizes = {name: sizes[name] for name in sorted(sizes) if _shown(name)}
-        self.names = tuple(self._sizes)
+        shown = sorted(filter(_shown, sizes))
+        self._given = {composed(name): name for name in shown}
+        if len(self._given) < len(shown):
+            twice = next(n for n in shown if self._given[composed(n)] != n)
+            raise SourceError(
+                f"{path} holds two files {composed(twice)}, whose names differ only in "
+                "how accents are stored: rename one"
+            )
+        self.names = tuple(sorted(self._given))
+        self._sizes = {name: sizes[self._given[name]] for name in self.names}
         parents = {str(p) for name in self.names for p in PurePosixPath(name).parents}
-        self.folders = {name for name in folders | parents if _shown(name)} - {"."}
+        folders = {composed(name) for name in folders} | parents
+        self.folders = {name for name in folders if _shown(name)} - {"."}
         self.num_bytes = sum(self._sizes.values())
         self._read = read
 
@@ -87,7 +113,7 @@ class Source:
                 f"{self._sizes[name]:,} bytes; expected at most {_MAX_FILE_BYTES:,}"
             )
         try:
-            return self._read(name)
+            return self._read(self._given[name])
         except _DAMAGED as error:
             raise ValueError(f"cannot be unpacked ({error})") from error
 
@@ -123,12 +149,26 @@ def open_source(path: Path, scratch: Path, progress: Progress) -> Iterator[Sourc
                     path, _unpacked(file, path, scratch, stack, progress)
                 )
         except _DAMAGED as error:
-            raise SourceError(
-                f"{path} is not a whole tar or zip archive ({error}): download it again"
-            ) from error
+            raise SourceError(_not_read(path, error)) from error
         except FileNotFoundError:
             raise SourceError(f"there is no folder or archive {path}") from None
         yield source
+
+
+def _not_read(path: Path, error: Exception) -> str:
+    """Says why a file is no archive, and what to do."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, kind in _OTHER_KINDS.items():
+        if start.startswith(magic):
+            return (
+                f"{path} is a {kind} file, which is not read: unpack it and give its "
+                "folder, or pack that as zip or tar"
+            )
+    return (
+        f"{path} is not a whole tar or zip archive ({error}): download it again, or "
+        "unpack it and give its folder if it is of another kind"
+    )
 
 
 def _open_folder(path: Path) -> Source:

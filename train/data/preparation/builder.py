@@ -7,6 +7,7 @@ so that they can be written in shuffled order, one shard after another.
 """
 
 import abc
+import collections
 import functools
 import hashlib
 import math
@@ -19,16 +20,19 @@ from typing import Any, ClassVar, NamedTuple
 import filelock
 import tensorflow_datasets as tfds
 
+from train.data.cache import sync_folder
 from train.data.images import BadFileError
-from train.data.preparation.archives import Source, open_source
+from train.data.preparation.archives import Source, SourceError, open_source
 from train.data.threads import map_threads
 from train.errors import UsageError
+from train.names import composed, is_note, listed, printable
 from train.progress import Progress, silent
 
 Example = dict[str, Any]
 
 _SHARD_BYTES = 1 << 26
 _SHOWN_FILES = 20
+_NAMED_FILES = 2  # of those in a folder that are not used
 
 
 class Item(NamedTuple):
@@ -37,10 +41,14 @@ class Item(NamedTuple):
     Attributes:
       key: a name that is unique in the split and decides the place on disk.
       make: reads, checks and encodes the example, or raises BadFileError.
+      label: the number of its class, if it has one.
+      files: the files that it is read from besides that of the key.
     """
 
     key: str
     make: Callable[[], Example]
+    label: int | None = None
+    files: tuple[str, ...] = ()
 
 
 class BadFilesError(UsageError):
@@ -89,6 +97,7 @@ class ImageBuilder(  # type: ignore[call-arg]
         `image_folder/flowers`.
       SHUFFLED: whether examples are stored in the order of the hashes of their keys.
       skipped: errors of the files left out, after preparing with `skip_bad`.
+      notes: what else a user should know of the files, after preparing.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -125,6 +134,7 @@ class ImageBuilder(  # type: ignore[call-arg]
         self._progress = progress
         self._items: dict[str, list[Item]] = {}
         self.skipped: list[BadFileError] = []
+        self.notes: list[str] = []
         if isinstance(config, str) and self.NEEDS_NAME:
             config = tfds.core.BuilderConfig(name=config)
         super().__init__(config=config, file_format=file_format, **kwargs)
@@ -140,6 +150,37 @@ class ImageBuilder(  # type: ignore[call-arg]
         """Reports a file that cannot become an example."""
         self.skipped.append(BadFileError(file, problem))
 
+    def _settle(self, source: Source) -> None:
+        """Compares what was declared with what the checked files hold.
+
+        What a user should know is added to `notes`.
+
+        Raises:
+          SourceError: if they contradict each other.
+        """
+        del source
+        for split, items in self._items.items():
+            labels = {item.label for item in items}
+            names = self.info.features["label"].names if labels - {None} else ()
+            missing = [name for i, name in enumerate(names) if i not in labels]
+            if missing:
+                self.notes.append(f"no image of {split} is of {listed(missing, 20)}")
+
+    def _name_classes(self, names: Iterable[str]) -> None:
+        """Gives the classes their names, in the order of their numbers.
+
+        Raises:
+          SourceError: if there is a name that is no text of one line.
+        """
+        names = [composed(name) for name in names]
+        for name in names:
+            if name != name.strip() or "\n" in name or name != printable(name):
+                raise SourceError(
+                    f"the class {name!r} has a name that is not plain text of one "
+                    "line: rename it, in UTF-8 and without spaces at its ends"
+                )
+        self.info.features["label"].names = names
+
     def _describe(
         self,
         features: dict[str, tfds.features.FeatureConnector],
@@ -148,7 +189,7 @@ class ImageBuilder(  # type: ignore[call-arg]
         **metadata: Any,
     ) -> tfds.core.DatasetInfo:
         """Returns the description of the dataset, for `_info`."""
-        return tfds.core.DatasetInfo(
+        return _SyncedInfo(
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
@@ -176,7 +217,9 @@ class ImageBuilder(  # type: ignore[call-arg]
             for left_over in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(left_over)
             if not self.NEEDS_SOURCE:
-                self._prepare(Source(folder, {}, set(), lambda name: b""), kwargs)
+                self._items = self._list(Source(folder, {}, set(), lambda name: b""))
+                self._num_bytes = 0
+                self._write(kwargs)
                 return
             if self._source_path is None:
                 raise UsageError(
@@ -188,8 +231,11 @@ class ImageBuilder(  # type: ignore[call-arg]
                 self._prepare(source, kwargs)
 
     def _prepare(self, source: Source, kwargs: dict[str, Any]) -> None:
-        self.skipped = []
+        self.skipped, self.notes = [], []
         items = self._list(source)
+        items = dict(sorted(items.items(), key=lambda pair: pair[0] != "train"))
+        if self.NEEDS_NAME:
+            self._note_unused(source, items)
         self._num_bytes = source.num_bytes
         with self._progress("checking", sum(map(len, items.values()))) as reporter:
             self._items = {
@@ -205,6 +251,10 @@ class ImageBuilder(  # type: ignore[call-arg]
                 f"no example in {' and '.join(empty) or 'any split'} of {source.path}"
                 + f": {summarize(self.skipped)}" * bool(self.skipped)
             )
+        self._settle(source)
+        self._write(kwargs)
+
+    def _write(self, kwargs: dict[str, Any]) -> None:
         with self._progress("writing", sum(map(len, self._items.values()))) as reporter:
             self._advance = reporter.advance
             try:
@@ -214,6 +264,29 @@ class ImageBuilder(  # type: ignore[call-arg]
                     f"cannot write {self.name} to {self.data_dir} ({error}): make room "
                     "or choose another data_dir"
                 ) from error
+
+    def _note_unused(self, source: Source, items: dict[str, list[Item]]) -> None:
+        """Notes files that are neither read, nor bad, nor a readme or the like."""
+        used = {f for part in items.values() for i in part for f in (i.key, *i.files)}
+        bad = {error.file for error in self.skipped}
+        bad_folders = tuple(file for file in bad if file.endswith("/"))
+        known = used | bad
+        unused = [
+            name
+            for name in source.names
+            if name not in known
+            and not name.startswith(bad_folders)
+            and not is_note(name)
+        ]
+        by_folder = collections.Counter(map(os.path.dirname, unused))
+        shown = [n for n in unused if by_folder[os.path.dirname(n)] <= _NAMED_FILES]
+        shown += [
+            f"{folder or '.'}/ ({count:,} files)"
+            for folder, count in by_folder.items()
+            if count > _NAMED_FILES
+        ]
+        if shown:
+            self.notes.append(f"not used: {printable(listed(sorted(shown), 20))}")
 
     def _checked(self, items: list[Item], advance: Callable[[], None]) -> list[Item]:
         def error_of(item: Item) -> BadFileError | None:
@@ -262,6 +335,23 @@ class ImageBuilder(  # type: ignore[call-arg]
 
     def _log_download_done(self) -> None:
         """Prints nothing, unlike the base class."""
+
+
+class _SyncedInfo(tfds.core.DatasetInfo):
+    """Description of a dataset, whose files are on disk when it is written.
+
+    It is the last of them, after which the folder gets its name.
+    """
+
+    def write_to_directory(self, dataset_info_dir: Any, **kwargs: Any) -> None:
+        """Writes the description and waits until all files of the folder are on disk.
+
+        Args:
+          dataset_info_dir: folder of the dataset.
+          **kwargs: passed to `tfds.core.DatasetInfo.write_to_directory`.
+        """
+        super().write_to_directory(dataset_info_dir, **kwargs)
+        sync_folder(Path(dataset_info_dir))
 
 
 def shuffled(items: Iterable[Item]) -> list[Item]:

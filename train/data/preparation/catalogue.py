@@ -1,5 +1,6 @@
 """Finds datasets by name, and prepares them."""
 
+import difflib
 import importlib.util
 import inspect
 import os
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 from train.data.preparation.builder import ImageBuilder
 from train.data.preparation.builders import BUILDERS
 from train.errors import UsageError
+from train.names import composed, did_you_mean
 from train.progress import Progress, silent
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -23,8 +25,21 @@ _NAME = re.compile(r"(?P<builder>\w+)(/(?P<config>\w[\w.+-]*))?")
 
 
 def default_data_dir() -> Path:
-    """Returns the default folder of prepared datasets, which TFDS also uses."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+    """Returns the default folder of prepared datasets, which TFDS also uses.
+
+    Raises:
+      UsageError: if neither $TFDS_DATA_DIR nor a home folder is set.
+    """
+    given = os.environ.get("TFDS_DATA_DIR")
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path.home() / "tensorflow_datasets"
+    except RuntimeError:
+        raise UsageError(
+            "this user has no home folder for prepared datasets: set data_dir or "
+            "TFDS_DATA_DIR to another folder"
+        ) from None
 
 
 def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
@@ -33,7 +48,8 @@ def folder_of(name: str, data_dir: Path | None = None) -> Path | None:
     Raises:
       UsageError: if there is no dataset of this name.
     """
-    _parse(name)
+    name = composed(name)
+    _parse(name, data_dir)
     found = _folders(data_dir or default_data_dir(), name)
     return max(found, key=_version, default=None)
 
@@ -55,19 +71,21 @@ def prepared(data_dir: Path | None = None) -> list[str]:
     return sorted({folder.parent.relative_to(root).as_posix() for folder in found})
 
 
-def _parse(name: str) -> tuple[str, str | None]:
+def _parse(name: str, data_dir: Path | None) -> tuple[str, str | None]:
     """Splits a name into builder and config.
 
     Raises:
       UsageError: if there can be no such dataset; the message lists those that exist.
     """
+    name = composed(name)
     match = _NAME.fullmatch(name)
     builder, config = (match["builder"], match["config"]) if match else (name, None)
     own = BUILDERS.get(builder)
     if own is None:
         if match is None or builder not in _of_tfds():
             raise UsageError(
-                f"unknown dataset {name!r}; known: {', '.join(map(_shown, BUILDERS))}, "
+                f"unknown dataset {name!r}; {_guess(name, data_dir)}"
+                f"known: {', '.join(map(_shown, BUILDERS))}, "
                 "and the names of the TFDS catalogue such as cifar10, cifar100, "
                 "imagenet2012, cityscapes/semantic_segmentation"
             )
@@ -78,6 +96,28 @@ def _parse(name: str) -> tuple[str, str | None]:
     elif config is not None and not own.NEEDS_NAME:
         raise UsageError(f"{builder} has no variants: leave out /{config}")
     return builder, config
+
+
+def _guess(name: str, data_dir: Path | None) -> str:
+    """Says what may have been meant by a name that is not known."""
+    if os.path.exists(name):
+        return (
+            "it is a path: prepare it first, python -m train.data prepare "
+            f"image_folder/NAME --source {name}; "
+        )
+    there = prepared(data_dir)
+    same = [known for known in there if known.rpartition("/")[2] == name]
+    if same:
+        return f"did you mean {' or '.join(same)}? "
+    own = [builder for builder in BUILDERS.values() if builder.NEEDS_NAME]
+    config = name.partition("/")[2] or "NAME"
+    named = [f"{builder.name}/{config}" for builder in own]
+    others = [known for known in _of_tfds() if known not in {b.name for b in own}]
+    configs = {known.rpartition("/")[2]: known for known in there}
+    return did_you_mean(name, [*there, *others, *named]) or "".join(
+        f"did you mean {configs[config]}? "
+        for config in difflib.get_close_matches(name, configs, n=1)
+    )
 
 
 def _of_tfds() -> list[str]:
@@ -108,12 +148,13 @@ def prepare(
       **options: passed to the builder.
 
     Returns:
-      The builder, or None for a dataset of the catalogue.
+      The builder, whose `skipped` and `notes` say what was left out and what else a
+      user should know; None for a dataset of the catalogue.
 
     Raises:
       UsageError: if the dataset cannot be prepared.
     """
-    builder_name, config = _parse(name)
+    builder_name, config = _parse(name, data_dir)
     data_dir = data_dir or default_data_dir()
     own = BUILDERS.get(builder_name)
     if own is None:
@@ -191,16 +232,20 @@ def find_or_prepare(
     folder = folder_of(name, data_dir)
     if folder is not None:
         return folder
-    own = BUILDERS.get(_parse(name)[0])
+    own = BUILDERS.get(_builder_of(name))
     if own is None or own.NEEDS_SOURCE:
         raise UsageError(
             f"{name} is not prepared in {data_dir or default_data_dir()}: "
-            f"{_how_to_prepare(name)}"
+            f"{did_you_mean(name, prepared(data_dir))}{_how_to_prepare(name)}"
         )
     prepare(name, data_dir=data_dir, progress=progress)
     prepared_now = folder_of(name, data_dir)
     assert prepared_now is not None
     return prepared_now
+
+
+def _builder_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def command(name: str) -> str:
@@ -209,7 +254,7 @@ def command(name: str) -> str:
 
 
 def _how_to_prepare(name: str) -> str:
-    if _parse(name)[0] in BUILDERS:
+    if _builder_of(name) in BUILDERS:
         return f"{command(name)} --source PATH, a folder or archive with its files"
     return (
         f"pip install --group prepare for TensorFlow, which only this needs, and then "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,15 @@ import filelock
 import numpy as np
 from PIL import Image
 
-from train.data.cache import ArrayWriter, lock
-from train.data.dataset import Arrays, Field, Reader, Split, read_fields
+from train.data.cache import ArrayWriter, lock, open_arrays, write_whole
+from train.data.dataset import (
+    Arrays,
+    Field,
+    Reader,
+    Split,
+    damage_explained,
+    read_fields,
+)
 from train.data.threads import map_threads
 from train.progress import Progress
 
@@ -71,6 +79,7 @@ class CacheRequest(NamedTuple):
 
 def measure(
     folder: Path,
+    identity: str,
     sources: Mapping[str, Any],
     fields: Mapping[str, Field],
     progress: Progress,
@@ -86,45 +95,68 @@ def measure(
 
     Args:
       folder: folder of the prepared dataset.
+      identity: tells the dataset from others; statistics of others are not taken.
       sources: data source of each split.
       fields: the fields to read, by `Field.key`.
       progress: shows how far measuring is.
       requests: what to write to the cache if the splits are measured now.
     """
     path = folder / _FILE
+    identity = f"{identity}; {', '.join(sorted(fields))}"
     with contextlib.ExitStack() as stack:
-        if not path.exists() and requests:
+        kept = _read(path, identity)
+        if kept is None and requests:
             try:
                 # Another process may be doing the same, and is waited for.
                 stack.enter_context(lock(requests[0].split.cache))
+                kept = _read(path, identity)
             except OSError:
                 requests = ()
-        if path.exists():
-            content = path.read_text()
-        else:
-            cache = _CacheWriter(requests)
-            stack.callback(cache.close)
+        if kept is not None:
+            return kept
+        cache = _CacheWriter(requests)
+        stack.callback(cache.close)
+        with damage_explained(folder):
             found = {
                 name: _measure_split(name, source, fields, progress, cache)
                 for name, source in sources.items()
             }
-            content = json.dumps({k: dataclasses.asdict(v) for k, v in found.items()})
-            _write(path, content)
-    return {
-        split: SplitStatistics(**values)
-        for split, values in json.loads(content).items()
-    }
+        splits = json.loads(
+            json.dumps({name: dataclasses.asdict(x) for name, x in found.items()})
+        )
+        content = {"digest": _digest(identity, splits), "splits": splits}
+        # Disks may be full, or shared and read-only: then each run measures anew.
+        with (
+            contextlib.suppress(OSError),
+            filelock.FileLock(path.with_name(".statistics.lock")),
+        ):
+            write_whole(path, json.dumps(content).encode())
+        return {name: SplitStatistics(**values) for name, values in splits.items()}
 
 
-def _write(path: Path, content: str) -> None:
-    # Disks may be full, or shared and read-only: then each run measures anew.
-    with (
-        contextlib.suppress(OSError),
-        filelock.FileLock(path.with_name(".statistics.lock")),
-    ):
-        partial = path.with_suffix(".part")
-        partial.write_text(content)
-        partial.replace(path)
+def _read(path: Path, identity: str) -> dict[str, SplitStatistics] | None:
+    """Reads statistics; None if they are missing, damaged or of another dataset."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["digest"] != _digest(identity, content["splits"]):
+            return None
+        return {
+            split: SplitStatistics(**values)
+            for split, values in content["splits"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _digest(identity: str, splits: Any) -> str:
+    """Returns a digest by which changed statistics, or others', are noticed."""
+    text = f"{identity}\n{json.dumps(splits)}"
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+
+
+def _is_cached(split: Split) -> bool:
+    paths, spec = split.cache_paths, split.reader.spec
+    return open_arrays(paths, spec, len(split.records)) is not None
 
 
 class _CacheWriter:
@@ -139,9 +171,7 @@ class _CacheWriter:
 
     def __init__(self, requests: Sequence[CacheRequest]):
         self._requests = [
-            request
-            for request in requests
-            if not all(path.exists() for path in request.split.cache_paths.values())
+            request for request in requests if not _is_cached(request.split)
         ]
         self._open: list[CacheRequest] = []
         self._writers: list[ArrayWriter] = []

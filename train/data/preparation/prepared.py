@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from train.data.dataset import Dataset, Field, Reader, Split
 from train.data.preparation.catalogue import command, find_or_prepare
 from train.data.preparation.measure import CacheRequest, Size, SplitStatistics, measure
+from train.data.threads import map_threads
 from train.errors import UsageError
+from train.names import listed, printable
 from train.progress import Progress, silent
 
 _FIT = {"classification": "crop", "segmentation": "pad", "translation": "stretch"}
@@ -89,7 +92,11 @@ class Prepared:
           requests: decoded arrays to write to the cache in the same pass.
         """
         fields = {f.key: f for task in self.tasks.values() for f in task.values()}
-        return measure(self.folder, self.sources, fields, progress, requests)
+        identity = "; ".join(
+            f"{s.name}: {s.num_examples} examples, {int(s.num_bytes)} bytes"
+            for s in self.info.splits.values()
+        )
+        return measure(self.folder, identity, self.sources, fields, progress, requests)
 
     def reader(self, task: str, size: Size) -> Reader:
         """Returns a reader of the examples of a task, with images of one size."""
@@ -148,10 +155,71 @@ def open_prepared(
     The arguments are those of `load`.
 
     Raises:
-      UsageError: if the dataset is not known or not prepared, or was prepared in a
-        format that only TensorFlow reads.
+      UsageError: if the dataset is not known or not prepared, is damaged, or was
+        prepared in a format that only TensorFlow reads.
     """
     folder = find_or_prepare(name, data_dir, progress)
+    try:
+        prepared = _open(name, folder, direction)
+        _check(prepared)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # TFDS takes what the files say without checking it
+        text = printable(" ".join(f"{error!r}".split()))[:200]
+        raise UsageError(
+            f"{folder} is no whole dataset ({text}): remove it and prepare {name} again"
+        ) from error
+    return prepared
+
+
+def _check(prepared: Prepared) -> None:
+    """Compares the files of a dataset with its description.
+
+    Raises:
+      ValueError: if they contradict each other. Reading may raise other errors.
+    """
+    files = [
+        (Path(file), count)
+        for split in prepared.info.splits.values()
+        for file, count in zip(split.filepaths, split.shard_lengths, strict=True)
+    ]
+    if not files:
+        raise ValueError("it has no splits")
+    missing = [file.name for file, _ in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"missing: {listed(missing)}")
+    for (file, count), found in zip(files, map_threads(_count, files), strict=True):
+        if found != count:
+            raise ValueError(f"{file.name} is damaged")
+    if not prepared.tasks:
+        return
+    label, colors = prepared.ignore_label, prepared.colors
+    if label is not None and not (isinstance(label, int) and 0 <= label <= 255):
+        raise ValueError(f"metadata.json says ignore_label {label!r}")
+    if colors is not None and colors.shape != (len(prepared.class_names), 3):
+        raise ValueError("metadata.json has not one color for each class")
+    fields = {f.key: f for task in prepared.tasks.values() for f in task.values()}
+    for source in filter(len, prepared.sources.values()):
+        (record,) = source.__getitems__([0])
+        for field in fields.values():
+            if field.kind == "label":
+                int(record[field.feature])
+            elif min(field.stored_size(record)) < 1 or field.channels not in (1, 3):
+                raise ValueError(f"features.json has no {field.feature} to read")
+
+
+def _count(shard: tuple[Path, int]) -> int:
+    """Returns how many examples a file holds; -1 if it is damaged."""
+    reader = ArrayRecordReader(str(shard[0]))
+    count = reader.num_records()
+    try:
+        reader.close()
+    except RuntimeError:
+        return -1
+    return int(count)
+
+
+def _open(name: str, folder: Path, direction: str) -> Prepared:
     builder = tfds.builder_from_directory(folder)
     found = builder.info.file_format
     if found is not tfds.core.FileFormat.ARRAY_RECORD:
@@ -231,6 +299,7 @@ def load(
         # Test images of the catalogue may come without labels.
         if all(map(any, measured[split].counts.values()))
     }
+    _check_classes(name, found, fields, measured["train"])
     image = next(field.key for field in fields.values() if field.kind == "image")
     return Dataset(
         name=name,
@@ -243,6 +312,24 @@ def load(
         std=tuple(std or 1.0 for std in measured["train"].std[image]),
         class_counts=_class_counts(fields, measured, len(found.class_names)),
     )
+
+
+def _check_classes(
+    name: str,
+    found: Prepared,
+    fields: Mapping[str, Field],
+    measured: SplitStatistics,
+) -> None:
+    """Refuses masks in which no pixel has a class."""
+    for field in fields.values():
+        if field.kind == "mask":
+            counts = measured.counts[field.key][: len(found.class_names)]
+            if not any(counts):
+                raise UsageError(
+                    f"no training mask of {name} has a pixel of one of its "
+                    f"{len(found.class_names)} classes: prepare it again from masks "
+                    "whose values are the numbers of the classes"
+                )
 
 
 def _requests(
@@ -283,9 +370,9 @@ def _class_counts(
 
 
 def _padded(counts: Sequence[int], length: int) -> np.ndarray:
-    array = np.zeros(length, np.int64)
+    array = np.zeros(max(length, len(counts)), np.int64)
     array[: len(counts)] = counts
-    return array
+    return array[:length]
 
 
 def _tasks(

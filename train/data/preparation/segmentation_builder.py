@@ -1,12 +1,12 @@
 """The base of the builders of published segmentation datasets."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from train.data.preparation import layout
 from train.data.preparation.archives import Source
 from train.data.preparation.builder import ImageBuilder, Item
+from train.data.preparation.labels import Labels
 
 Color = tuple[int, int, int]
 
@@ -28,6 +28,15 @@ class SegmentationBuilder(  # type: ignore[call-arg]
     HOMEPAGE: ClassVar[str]
     CITATION: ClassVar[str]
 
+    def __init__(self, **kwargs: Any):
+        """Makes a builder.
+
+        Args:
+          **kwargs: passed to `ImageBuilder`.
+        """
+        self._labels = Labels(list(self.COLORS), self.VOID)
+        super().__init__(**kwargs)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return self._describe(
             {
@@ -44,5 +53,7 @@ class SegmentationBuilder(  # type: ignore[call-arg]
 
     def _item(self, source: Source, photo: str, mask: str) -> Item:
         """Returns a photo with its mask, which may have only the values of classes."""
-        labels = {*range(len(self.COLORS)), self.VOID}
-        return layout.segmented(source, photo, mask, labels)
+        return self._labels.item(source, photo, mask)
+
+    def _settle(self, source: Source) -> None:
+        self.notes += self._labels.settle(source, self._items)

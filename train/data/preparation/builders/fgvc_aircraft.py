@@ -30,7 +30,7 @@ class FgvcAircraft(ImageBuilder):
         root = layout.find_root(source, "variants.txt")
         classes = layout.read_lines(source, f"{root}variants.txt")
         labels = {name: i for i, name in enumerate(classes)}
-        self.info.features["label"].names = classes
+        self._name_classes(classes)
         items: dict[str, list[Item]] = {}
         for split, stem in _SPLITS.items():
             items[split] = []

@@ -1,21 +1,37 @@
 """Your own images in folders of classes."""
 
-from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from train.data.images import IMAGE_SUFFIXES
 from train.data.preparation import layout
-from train.data.preparation.archives import Source
+from train.data.preparation.archives import Source, SourceError
 from train.data.preparation.builder import ImageBuilder, Item
+from train.names import listed
+
+
+def _check_case(source: Source, classes: Iterable[str]) -> None:
+    """Refuses class folders that are one folder where case is ignored.
+
+    Raises:
+      SourceError: if there are such folders.
+    """
+    first: dict[str, str] = {}
+    for name in sorted(classes):
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            raise SourceError(
+                f"{source.path} has class folders {other} and {name}, which are one "
+                "folder on systems that ignore case: merge them, or rename one"
+            )
 
 
 class ImageFolder(ImageBuilder):
     """Images in folders: SPLIT/CLASS/*.jpg, or CLASS/*.jpg with a share to test on.
 
     Splits are called train, val (or validation) and test. Classes are numbered in
-    alphabetical order. Files may be JPEG, PNG or WebP, of any size.
+    alphabetical order. Files may be JPEG, PNG, WebP, BMP, TIFF or GIF, of any size.
     """
 
     NEEDS_NAME = True
@@ -45,6 +61,7 @@ class ImageFolder(ImageBuilder):
             split: self._by_class(source, prefix)
             for split, prefix in (splits or {"train": root}).items()
         }
+        _check_case(source, {name for by_class in found.values() for name in by_class})
         classes = sorted(name for name, files in found["train"].items() if files)
         items: dict[str, list[Item]] = {}
         for split, by_class in found.items():
@@ -56,26 +73,36 @@ class ImageFolder(ImageBuilder):
                 for label, name in enumerate(classes)
                 for file in by_class.get(name, [])
             ]
-        self.info.features["label"].names = classes
-        folder_of = {f: name for name, files in found["train"].items() for f in files}
+        self._name_classes(classes)
         return layout.divide(
-            items, splits, self._fraction, lambda item: folder_of[item.key]
+            source, items, splits.values(), self._fraction, lambda item: item.label
         )
 
+    def _settle(self, source: Source) -> None:
+        if len({item.label for item in self._items["train"]}) == 1:
+            raise SourceError(
+                f"{source.path}: all images to train on are of one class, as in "
+                f"{self._items['train'][0].key}; expected folders of at least two "
+                "classes beside each other"
+            )
+        super()._settle(source)
+
     def _by_class(self, source: Source, prefix: str) -> dict[str, list[str]]:
-        files: dict[str, list[str]] = defaultdict(list)
-        files |= {name: [] for name in layout.subfolders(source, prefix)}
+        files: dict[str, list[str]] = {
+            name: [] for name in layout.subfolders(source, prefix)
+        }
         for name in source.names:
             folder, slash, _ = name.removeprefix(prefix).partition("/")
-            if not name.startswith(prefix):
-                continue
-            if not slash:
-                if layout.is_image(name):
-                    self._bad(name, f"in no class folder; expected {prefix}CLASS/...")
-            elif layout.is_image(name):
-                files[folder].append(name)
-            else:
-                self._bad(name, f"expected an image, {' '.join(IMAGE_SUFFIXES)}")
-        for folder in [name for name, found in files.items() if not found]:
-            self._bad(f"{prefix}{folder}/", "an empty class folder; expected images")
+            if name.startswith(prefix) and not slash and layout.is_image(name):
+                self._bad(name, f"in no class folder; expected {prefix}CLASS/...")
+        for folder, inside in files.items():
+            inside += layout.images_below(source, f"{prefix}{folder}/", self._bad)
+        empty = [f"{prefix}{folder}/" for folder, inside in files.items() if not inside]
+        if len(empty) == 1:
+            self._bad(empty[0], "an empty class folder; expected images")
+        elif empty:
+            self._bad(
+                prefix or "./",
+                f"{len(empty)} empty class folders ({listed(empty)}); expected images",
+            )
         return files

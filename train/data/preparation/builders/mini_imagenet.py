@@ -41,7 +41,7 @@ class MiniImagenet(ImageBuilder):
         }
         classes = sorted({label for split in rows.values() for _, label in split})
         labels = {name: i for i, name in enumerate(classes)}
-        self.info.features["label"].names = classes
+        self._name_classes(classes)
         places = defaultdict(list)
         for name in source.names:
             places[PurePosixPath(name).name].append(name)
