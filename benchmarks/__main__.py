@@ -1,38 +1,40 @@
 """Command line: python -m benchmarks COMMAND."""
 
-import sys
+if __name__ == "__main__":
+    from train.signals import listen
 
-from tyro.extras import SubcommandApp
+    listen()  # before the imports below, which take seconds
 
-from benchmarks.compare import compare
+
+from benchmarks.compile import compile
+from benchmarks.gpu import gpu
 from benchmarks.input import input
 from benchmarks.loop import loop
 from benchmarks.networks import networks
+from benchmarks.speed import speed
+from benchmarks.studies.compare import compare
 from benchmarks.transforms import transforms
-from train.errors import UsageError
-from train.settings import wrong_settings_exit
+from train.command_line import choose_command, run_command
 
-app = SubcommandApp()
-app.command(compare)
-app.command(transforms)
-app.command(input)
-app.command(networks)
-app.command(loop)
+_COMMANDS = (compare, speed, transforms, input, networks, loop, compile, gpu)
 
 
 def main() -> None:
     """Runs the command line; errors that a user can fix are shown in one line."""
-    try:
-        with wrong_settings_exit():
-            app.cli(
-                prog="python -m benchmarks",
-                description="Measure which techniques help, and what they cost.",
-                args=sys.argv[1:] or ["--help"],
-            )
-    except (UsageError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run_command(
+        lambda: choose_command(
+            {command.__name__: command for command in _COMMANDS},
+            prog="python -m benchmarks",
+            description="Measure which techniques help, and what they cost.",
+            compile_anew=(
+                "speed",
+                "networks",
+                "loop",
+                "compile",
+                "gpu",
+            ),  # they time compilation
+        )
+    )
 
 
 if __name__ == "__main__":

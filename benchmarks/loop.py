@@ -1,8 +1,7 @@
 """What the training loop costs beside its steps.
 
 Epochs of the loop, on data in the memory of the device, are compared with as many steps
-of the same compiled program with nothing between them. Then epochs with each technique
-are compared with epochs of plain SGD.
+of the same compiled program with nothing between them.
 """
 
 import contextlib
@@ -26,8 +25,6 @@ from benchmarks.timing import Ratio, interleave, ratio
 from train.data import Dataset, open_prepared
 from train.data.config import DataConfig
 from train.errors import UsageError
-from train.optim.config import OptimizerConfig
-from train.optim.techniques import TECHNIQUES
 from train.output.run_folder import RunFolder
 from train.program import Program, compile_program
 from train.progress import Reporter, shown_on
@@ -55,14 +52,12 @@ class Subject:
       model: the network.
       batch_size: images in a step.
       rounds: number of rounds.
-      techniques: the techniques to time in the loop.
     """
 
     dataset: str
     model: str
     batch_size: int
     rounds: int
-    techniques: tuple[str, ...] = ()
 
 
 def _subjects(cifar10: str, rounds: int) -> list[Subject]:
@@ -72,7 +67,6 @@ def _subjects(cifar10: str, rounds: int) -> list[Subject]:
             model="resnet8",
             batch_size=100,
             rounds=rounds,
-            techniques=tuple(TECHNIQUES),
         ),
         # A step takes many times as long, and varies less.
         Subject(
@@ -115,9 +109,7 @@ class Measurement:
     compile_seconds: float
 
 
-def _config(
-    subject: Subject, data_dir: Path | None, *techniques: str
-) -> ClassificationConfig:
+def _config(subject: Subject, data_dir: Path | None) -> ClassificationConfig:
     """Returns the settings of a run that neither evaluates nor saves."""
     return ClassificationConfig(
         data=DataConfig(dataset=subject.dataset, loader="memory", data_dir=data_dir),
@@ -126,7 +118,6 @@ def _config(
         epochs=_EPOCHS,
         eval_every=_EPOCHS,
         checkpoint_minutes=math.inf,
-        optimizer=OptimizerConfig(techniques=techniques),
     )
 
 
@@ -136,10 +127,6 @@ def _load(config: ClassificationConfig) -> Dataset:
     examples = _STEPS * config.batch_size
     splits = {name: s.part(0, examples) for name, s in dataset.splits.items()}
     return dataclasses.replace(dataset, splits=splits)
-
-
-def _compile(config: ClassificationConfig, dataset: Dataset) -> Program:
-    return compile_program(Classification.create(config, dataset), config, dataset)
 
 
 def _changed(program: Program, **changes: Any) -> Program:
@@ -193,16 +180,18 @@ def _epoch_of_run(program: Program, path: Path, stack: contextlib.ExitStack) -> 
         def __init__(self, pause: Call):
             path.mkdir()
             reporter = Reporter("", 0)
-            super().__init__(program, 0, RunFolder(path, {}), reporter, lambda: False)
+            folder = RunFolder(path, {})
+            super().__init__(program, {}, 0, folder, reporter, lambda: 0)
             self._pause = pause
 
         def on_epoch(self, state: TrainState, record: Record) -> None:
             super().on_epoch(state, record)
-            self.checkpoints.wait()  # else it would be written while others are timed
             self._pause()
 
     def train(pause: Call) -> None:
-        Output(pause).train(warn=print)
+        output = Output(pause)
+        output.restore(print)
+        output.train(print)
 
     return _timed_epoch(program, train, stack)
 
@@ -284,18 +273,6 @@ def measure_loop(subject: Subject, program: Program, folder: Path) -> list[Measu
         return _measure("loop", subject, timed)
 
 
-def measure_techniques(
-    subject: Subject, program: Program, dataset: Dataset, data_dir: Path | None
-) -> list[Measurement]:
-    """Times epochs with each technique beside plain SGD."""
-    with contextlib.ExitStack() as stack:
-        timed = {"sgd": _epoch(program, stack)}
-        for name in subject.techniques:
-            config = _config(subject, data_dir, name)
-            timed[name] = _epoch(_compile(config, dataset), stack)
-        return _measure("techniques in the loop", subject, timed)
-
-
 def _measure(
     part: str, subject: Subject, timed: Mapping[str, Timed]
 ) -> list[Measurement]:
@@ -323,21 +300,17 @@ def _measure(
     ]
 
 
-def measure(
-    subject: Subject, data_dir: Path | None, folder: Path
-) -> Iterator[list[Measurement]]:
-    """Measures one subject, part by part."""
+def measure(subject: Subject, data_dir: Path | None, folder: Path) -> list[Measurement]:
+    """Measures one subject."""
     config = _config(subject, data_dir)
     dataset = _load(config)
-    program = _compile(config, dataset)
-    yield measure_loop(subject, program, folder)
-    if subject.techniques:
-        yield measure_techniques(subject, program, dataset, data_dir)
+    task = Classification.create(config, dataset)
+    return measure_loop(subject, compile_program(task, config, dataset), folder)
 
 
 @settings
 class LoopConfig:
-    """Time the training loop against its bare steps, and with each technique."""
+    """Time the training loop against its bare steps."""
 
     cifar10: str = "image_folder/cifar10"
     """Name of a prepared dataset of small images for a ResNet-20; left out if it is not
@@ -352,7 +325,7 @@ def loop(
     config: Annotated[LoopConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Time the training loop against its bare steps, and with each technique.
+    """Time the training loop against its bare steps.
 
     Args:
       config: what to time.
@@ -369,13 +342,11 @@ def loop(
             report.console.print(note)
         report.folder.start()
         measurements = []
-        parts = sum(1 + bool(subject.techniques) for subject in subjects)
-        with shown_on(report.console)("timing", parts) as reporter:
+        with shown_on(report.console)("timing", len(subjects)) as reporter:
             for subject in subjects:
                 reporter.describe(f"timing {subject.model} on {subject.dataset}")
-                for found in measure(subject, config.data_dir, report.folder.path):
-                    measurements += found
-                    reporter.advance()
+                measurements += measure(subject, config.data_dir, report.folder.path)
+                reporter.advance()
         report.save_rows(rows_of(measurements))
         for title, group in itertools.groupby(measurements, _title):
             report.show(_HEADER, list(map(_cells, group)), title)

@@ -1,4 +1,4 @@
-"""What each network costs: parameters, FLOPs, compilation, time and memory.
+"""How large each network is: parameters, FLOPs and memory.
 
 The FLOPs of a forward pass are as XLA counts them before it optimizes. They can be
 compared with the multiply-adds that were published for the same form of the network; a
@@ -8,9 +8,9 @@ with momentum, in one compiled function that reuses the memory of its state.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from flax import nnx
 
 import models
 from benchmarks.report import ROWS, Row, open_report
-from benchmarks.timing import interleave
 from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
 from train.output.run_folder import environment
@@ -29,7 +28,6 @@ from train.progress import shown_on
 from train.settings import Positive, settings
 
 Tree: TypeAlias = Any
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 # Billions of multiply-adds of a forward pass on one image, as torchvision documents
 # them with its weights (https://docs.pytorch.org/vision/stable/models.html, "GFLOPS").
@@ -47,64 +45,35 @@ PUBLISHED_MULTIPLY_ADDS = {
     "vit_b_16": 17.564,
 }
 
-# Operations per second on dense matrices in bfloat16, from the data sheets, by the name
-# that JAX has for the kind of device.
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """One row of the results.
 
-    Times are medians over the rounds, with their 10 % and 90 % quantiles.
-
     Attributes:
       network: name of the network in the catalogue.
-      dtype: dtype of the computation; parameters are float32.
       batch_size: images in a forward pass or training step.
       input_shape: (height, width, channels) of an image.
       parameters: number of trained parameters.
       forward_gflop: billions of FLOPs for one image, as XLA counts them.
       published_gflop: the published number of the same; None if there is none.
-      forward_compile_seconds: time to trace and compile the forward pass.
-      step_compile_seconds: time to trace and compile the training step.
-      forward_seconds: time of the forward pass of a batch, in evaluation mode.
-      forward_seconds_low: its 10 % quantile.
-      forward_seconds_high: its 90 % quantile.
-      step_seconds: time of a training step.
-      step_seconds_low: its 10 % quantile.
-      step_seconds_high: its 90 % quantile.
-      forward_bytes: arguments, results and temporaries of the compiled forward pass.
+      forward_bytes: arguments, results and temporaries of the compiled forward pass, in
+        evaluation mode.
       step_bytes: the same for the training step; reused memory counts once.
-      device_peak_bytes: the most memory that the device has had in use so far; None if
-        the device does not count it, or an earlier network needed more.
-      share_of_peak: FLOPs per second of a step as a share of what the device can do;
-        only for bfloat16 on devices in `PEAK_FLOPS`.
     """
 
     network: str
-    dtype: Dtype
     batch_size: int
     input_shape: str
     parameters: int
     forward_gflop: float
     published_gflop: float | None
-    forward_compile_seconds: float
-    step_compile_seconds: float
-    forward_seconds: float
-    forward_seconds_low: float
-    forward_seconds_high: float
-    step_seconds: float
-    step_seconds_low: float
-    step_seconds_high: float
     forward_bytes: int
     step_bytes: int
-    device_peak_bytes: int | None
-    share_of_peak: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Program:
+class Program:
     """A compiled function, with what XLA says about it."""
 
     run: Callable[..., Tree]
@@ -113,14 +82,26 @@ class _Program:
     bytes: int
 
 
-def _compile(function: Callable[..., Tree], *shapes: Tree, **options: Any) -> _Program:
+def compile_function(
+    function: Callable[..., Tree], *shapes: Tree, **options: Any
+) -> Program:
+    """Compiles a function for the default device.
+
+    Args:
+      function: the function.
+      shapes: its arguments, or their shapes and dtypes.
+      options: options of `jax.jit`.
+    """
     start = time.perf_counter()
-    lowered = jax.jit(function, **options).lower(*shapes)
-    compiled = lowered.compile()
+    traced = jax.jit(function, **options).trace(*shapes)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
-    costs: Any = lowered.cost_analysis()
-    return _Program(
+    # JAX counts on CPUs alone. There convolutions may be loops, of which only one
+    # iteration would count, so this is the program for another platform.
+    with jax.default_device(jax.devices("cpu")[0]):
+        costs: Any = traced.lower(lowering_platforms=("tpu",)).cost_analysis()
+    return Program(
         run=compiled,
         compile_seconds=seconds,
         flop=costs["flops"],
@@ -131,7 +112,7 @@ def _compile(function: Callable[..., Tree], *shapes: Tree, **options: Any) -> _P
     )
 
 
-def _values(shapes: Tree) -> Tree:
+def make_values(shapes: Tree) -> Tree:
     """Makes arrays of such shapes, without the compilation that initializers need.
 
     Kernels are small random numbers, as a GPU is faster on constants. Vectors, which
@@ -161,14 +142,56 @@ def _mean_square(model: nnx.Module, images: jax.Array) -> tuple[jax.Array, None]
     return jnp.square(model(images)).mean(), None
 
 
-def measure(name: str, dtype: Dtype, batch_size: int, rounds: int) -> Measurement:
-    """Compiles and times the published form of one network."""
-    entry = models.describe(name)
-    options = {**entry.published, "dtype": jnp.dtype(dtype)}
+def _network(
+    name: str,
+) -> tuple[nnx.GraphDef[models.Network], tuple[Tree, Tree]]:
+    """Returns the definition of a network, and shapes of (params, model_state)."""
+    options = models.describe(name).published
     model = nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
     graphdef, *variables = split(model)
-    loss = _cross_entropy if entry.task != "translation" else _mean_square
+    return graphdef, (variables[0], variables[1])
+
+
+def training_step(
+    name: str, shape: tuple[int, ...]
+) -> tuple[Program, Callable[[], Tree]]:
+    """Compiles a training step of the published form of a network.
+
+    Args:
+      name: name of the network in the catalogue.
+      shape: (batch, height, width, channels) of the images.
+
+    Returns:
+      The program, and a function that takes a step and returns the new state.
+    """
+    graphdef, variables = _network(name)
+    is_translator = models.describe(name).task == "translation"
+    loss = _mean_square if is_translator else _cross_entropy
     sgd = optax.sgd(0.01, momentum=0.9)
+
+    def train_step(state: Tree, images: jax.Array) -> Tree:
+        params, model_state, opt_state = state
+        out = batch_gradients(loss, graphdef, params, model_state, images)
+        updates, opt_state = sgd.update(out.grads, opt_state, params)
+        return optax.apply_updates(params, updates), out.model_state, opt_state
+
+    shapes = (*variables, jax.eval_shape(sgd.init, variables[0]))
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    program = compile_function(train_step, shapes, images, donate_argnums=0)
+    state, images = make_values((shapes, images))
+
+    def train() -> Tree:
+        nonlocal state
+        state = program.run(state, images)
+        return state
+
+    return program, train
+
+
+def measure(name: str, batch_size: int) -> Measurement:
+    """Compiles the published form of one network."""
+    entry = models.describe(name)
+    graphdef, variables = _network(name)
 
     def predict(params: Tree, model_state: Tree, images: jax.Array) -> jax.Array:
         model = nnx.view(
@@ -180,74 +203,30 @@ def measure(name: str, dtype: Dtype, batch_size: int, rounds: int) -> Measuremen
         logits: jax.Array = model(images)
         return logits
 
-    def train_step(state: Tree, images: jax.Array) -> Tree:
-        params, model_state, opt_state = state
-        out = batch_gradients(loss, graphdef, params, model_state, images)
-        updates, opt_state = sgd.update(out.grads, opt_state, params)
-        return optax.apply_updates(params, updates), out.model_state, opt_state
-
     images = jax.ShapeDtypeStruct((batch_size, *entry.input_shape), jnp.float32)
-    forward = _compile(predict, *variables, images)
-    state = (*variables, jax.eval_shape(sgd.init, variables[0]))
-    step = _compile(train_step, state, images, donate_argnums=0)
-
-    peak_before = _device_peak()
-    variables, state, images = _values((variables, state, images))
-
-    def train() -> Tree:
-        nonlocal state
-        state = step.run(state, images)
-        return state
-
-    calls = {"forward": lambda: forward.run(*variables, images), "step": train}
-    seconds = interleave(calls, rounds)
-    times = {
-        f"{part}_seconds{end}": float(np.quantile(seconds[part], quantile))
-        for part in calls
-        for end, quantile in (("", 0.5), ("_low", 0.1), ("_high", 0.9))
-    }
-    peak = _device_peak()
+    forward = compile_function(predict, *variables, images)
+    step, _ = training_step(name, images.shape)
     multiply_adds = PUBLISHED_MULTIPLY_ADDS.get(name)
     return Measurement(
         network=name,
-        dtype=dtype,
         batch_size=batch_size,
         input_shape="x".join(map(str, entry.input_shape)),
         parameters=sum(x.size for x in jax.tree.leaves(variables[0])),
         forward_gflop=forward.flop / batch_size / 1e9,
         published_gflop=multiply_adds and 2 * multiply_adds,
-        forward_compile_seconds=forward.compile_seconds,
-        step_compile_seconds=step.compile_seconds,
-        **times,
         forward_bytes=forward.bytes,
         step_bytes=step.bytes,
-        device_peak_bytes=peak if peak != peak_before else None,
-        share_of_peak=_share_of_peak(dtype, step.flop / times["step_seconds"]),
     )
-
-
-def _device_peak() -> int | None:
-    """Returns the most bytes in use since this process began, if they are counted."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _share_of_peak(dtype: Dtype, flops: float) -> float | None:
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return flops / peak if peak and dtype == "bfloat16" else None
 
 
 @settings
 class NetworksConfig:
-    """Compile and time each network, and report its size."""
+    """Compile each network, and report its size."""
 
     names: tuple[str, ...] = ("*",)
     """Names of networks, or shell patterns for them."""
     batch_size: Positive[int] = 2
     """Images in a forward pass or training step."""
-    rounds: Positive[int] = 5
-    """Number of rounds; each network is timed once in a round."""
-    dtype: Dtype | None = None
-    """Dtype of the computation; float32 if unset, and on a GPU bfloat16 as well."""
 
     def __post_init__(self) -> None:
         for pattern in self.names:
@@ -261,80 +240,50 @@ class NetworksConfig:
         chosen = {name for pattern in self.names for name in models.names(pattern)}
         return [name for name in models.names() if name in chosen]
 
-    @property
-    def dtypes(self) -> tuple[Dtype, ...]:
-        """The dtypes, on the device that is there."""
-        if self.dtype is not None:
-            return (self.dtype,)
-        if jax.default_backend() == "gpu":
-            return ("float32", "bfloat16")
-        return ("float32",)
-
 
 def networks(
     config: Annotated[NetworksConfig, tyro.conf.OmitArgPrefixes],
     run_dir: Path | None = None,
 ) -> None:
-    """Compile and time each network, and report its size.
+    """Compile each network, and report its size.
 
     Args:
-      config: what to time.
+      config: what to compile.
       run_dir: folder of the results; a new one under runs/ if unset. If it holds a part
-        of the same results, only what is missing is measured.
+        of the same results, only what is missing is compiled.
     """
-    described = {
-        "networks": config.networks,
-        "batch_size": config.batch_size,
-        "rounds": config.rounds,
-        "dtypes": config.dtypes,
-    }
+    described = {"networks": config.networks, "batch_size": config.batch_size}
     with open_report("networks", described, run_dir, resume=True) as report:
         folder = report.folder
-        done = {(row["network"], row["dtype"]) for row in folder.read(ROWS)}
-        jobs = [(name, dtype) for name in config.networks for dtype in config.dtypes]
-        missing = [job for job in jobs if job not in done]
+        done = {row["network"] for row in folder.read(ROWS)}
+        missing = [name for name in config.networks if name not in done]
         folder.start()
-        with shown_on(report.console)("measuring", len(missing)) as reporter:
-            for name, dtype in missing:
-                reporter.describe(f"{name}, {dtype}")
-                measurement = measure(name, dtype, config.batch_size, config.rounds)
+        with shown_on(report.console)("compiling", len(missing)) as reporter:
+            for name in missing:
+                reporter.describe(name)
+                measurement = measure(name, config.batch_size)
                 folder.append(ROWS, dataclasses.asdict(measurement) | environment())
                 jax.clear_caches()
                 reporter.advance()
         rows = folder.read(ROWS)
         report.save_rows(rows)
-        for dtype in config.dtypes:
-            found = [row for row in rows if row["dtype"] == dtype]
-            title = f"{dtype}, batches of {config.batch_size}"
-            report.show(header_of(found), list(map(cells, found)), title)
+        title = f"float32, batches of {config.batch_size}"
+        report.show(HEADER, list(map(cells, rows)), title)
 
 
-HEADER = ("network", "params", "GFLOP", "compile s", "fwd ms", "step ms", "GB")
-
-
-def header_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Returns `HEADER`, with a column for the share of the peak if a row has one."""
-    if any(row["share_of_peak"] is not None for row in rows):
-        return (*HEADER, "peak")
-    return HEADER
+HEADER = ("network", "params", "GFLOP", "forward GB", "step GB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """Returns a row of a table under `HEADER`, with the share of the peak if known.
+    """Returns a row of a table under `HEADER`.
 
-    Our FLOPs are followed by the published ones, and the compilation time of the
-    forward pass by the compilation time of the step. The quantiles of the step are
-    relative to its median.
+    Our FLOPs are followed by the published ones.
     """
-    published, share = row["published_gflop"], row["share_of_peak"]
-    step, low, high = (row[f"step_seconds{end}"] for end in ("", "_low", "_high"))
+    published = row["published_gflop"]
     return (
         row["network"],
         f"{row['parameters'] / 1e6:.1f}M",
         f"{row['forward_gflop']:.2f}" + (f"/{published:.2f}" if published else ""),
-        f"{row['forward_compile_seconds']:.0f}, {row['step_compile_seconds']:.0f}",
-        f"{1000 * row['forward_seconds']:.0f}",
-        f"{1000 * step:.0f} [{low / step:.2f}, {high / step:.2f}]",
+        f"{row['forward_bytes'] / 1e9:.2f}",
         f"{row['step_bytes'] / 1e9:.2f}",
-        *([f"{share:.0%}"] if share is not None else []),
     )

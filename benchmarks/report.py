@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import dataclasses
+import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,28 @@ class Report:
 
     def save_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes `rows.csv`, with the columns of the first row."""
-        with (self.folder.path / "rows.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        self.folder.write_text("rows.csv", file.getvalue())
+
+    def append_row(self, name: str, row: Mapping[str, Any]) -> None:
+        """Appends a row to a CSV file; it is on disk when this returns.
+
+        Args:
+          name: name of the file, all of whose rows have the same columns.
+          row: the values by column.
+        """
+        path = self.folder.path / name
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
 
     def show(self, header: Cells, rows: Sequence[Cells], title: str = "") -> None:
         """Prints a table under its title."""

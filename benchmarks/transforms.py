@@ -1,4 +1,4 @@
-"""What the techniques cost: one update of a ResNet-50, and one training step.
+"""What the techniques cost in one update of a ResNet-50.
 
 Times are ratios to a reference in the same round. The tables also have the bytes that
 the compiled update moves, as XLA counts them, and the least that any implementation
@@ -16,19 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from flax import nnx
 
-import models
 import optax_tricks
 from benchmarks.report import open_report, rows_of, with_range
 from benchmarks.timing import Ratio, interleave, ratio
-from optax_tricks.nnx import batch_gradients, split
 from train.settings import Positive, settings
 
 Tree: TypeAlias = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
-
-_MODEL = "resnet20"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +180,7 @@ def measure_updates(rounds: int) -> list[Measurement]:
     for subject in subjects:
         least = subject.trees * tree_bytes / 1e9
         median = statistics.median(seconds[subject.name])
+        bytes_moved = moved[subject.name]
         measurements.append(
             Measurement(
                 part="update of a ResNet-50",
@@ -192,7 +188,7 @@ def measure_updates(rounds: int) -> list[Measurement]:
                 reference=subject.reference,
                 ms=1000 * median,
                 ratio=ratio(seconds[subject.name], seconds[subject.reference]),
-                gigabytes_moved=moved[subject.name] / 1e9,
+                gigabytes_moved=bytes_moved and bytes_moved / 1e9,
                 gigabytes_least=least,
                 gigabytes_per_second=least / median,
             )
@@ -225,8 +221,11 @@ def _linear_layers(params: Tree, examples: int = 128) -> Callable[[Tree, Any], T
 
 def _update_call(
     transform: Transform, grads: Tree, params: Tree, grad_fn: Callable[..., Tree]
-) -> tuple[Callable[[], Tree], float]:
-    """Returns a function that updates the state, and the bytes that XLA counts."""
+) -> tuple[Callable[[], Tree], float | None]:
+    """Returns a function that updates the state, and the bytes that XLA counts.
+
+    It may count none on a GPU.
+    """
     transform = optax.with_extra_args_support(transform)
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -245,68 +244,7 @@ def _update_call(
         return updates
 
     costs = compiled.cost_analysis() or {}
-    return call, costs["bytes accessed"]
-
-
-def measure_steps(rounds: int, batch_size: int) -> list[Measurement]:
-    """Times one training step of a ResNet-20 on images of 32x32."""
-    subjects = {
-        "sgd": (_sgd(), "sgd"),
-        "scale_by_random, sgd": (
-            optax.chain(optax_tricks.scale_by_random(0), _sgd()),
-            "sgd",
-        ),
-        "centralize, sgd": (optax.chain(optax_tricks.centralize(), _sgd()), "sgd"),
-        "sam": (_sam(_sgd()), "sam"),
-        "perturbed_unit_step": (optax_tricks.pugd(0.1), "sam"),
-        "barzilai_borwein_step": (optax_tricks.step_tuned_sgd(0.1), "sam"),
-    }
-    calls = {name: _step_call(tx, batch_size) for name, (tx, _) in subjects.items()}
-    seconds = interleave(calls, rounds)
-    return [
-        Measurement(
-            part=f"training step of a ResNet-20, {batch_size} images",
-            name=name,
-            reference=reference,
-            ms=1000 * statistics.median(seconds[name]),
-            ratio=ratio(seconds[name], seconds[reference]),
-        )
-        for name, (_, reference) in subjects.items()
-    ]
-
-
-def _step_call(transform: Transform, batch_size: int) -> Callable[[], Tree]:
-    """Returns a function that takes one training step."""
-    transform = optax.with_extra_args_support(transform)
-    model = models.create(_MODEL, num_classes=10, rngs=nnx.Rngs(0))
-    graphdef, params, model_state = split(model)
-    images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
-    labels = jnp.arange(batch_size) % 10
-
-    def loss(model: nnx.Module, batch: Tree) -> tuple[jax.Array, None]:
-        logits = model(batch[0])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        return losses.mean(), None
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Tree, batch: Tree) -> Tree:
-        params, model_state, opt_state = state
-        out = batch_gradients(loss, graphdef, params, model_state, batch)
-        updates, opt_state = transform.update(
-            out.grads, opt_state, params, grad_fn=out.grad_fn
-        )
-        return optax.apply_updates(params, updates), out.model_state, opt_state
-
-    state = params, model_state, transform.init(params)
-    batch = images, labels
-    compiled = step.lower(state, batch).compile()
-
-    def call() -> Tree:
-        nonlocal state
-        state = compiled(state, batch)
-        return state
-
-    return call
+    return call, costs.get("bytes accessed")
 
 
 @settings
@@ -315,8 +253,6 @@ class TransformsConfig:
 
     rounds: Positive[int] = 30
     """Number of rounds; each transform is timed once in a round."""
-    batch_size: Positive[int] = 64
-    """Images in the training step."""
 
 
 def transforms(
@@ -331,10 +267,8 @@ def transforms(
     """
     with open_report("transforms", dataclasses.asdict(config), run_dir) as report:
         report.folder.start()
-        with report.console.status("timing updates") as status:
+        with report.console.status("timing updates"):
             measurements = measure_updates(config.rounds)
-            status.update("timing training steps")
-            measurements += measure_steps(config.rounds, config.batch_size)
         report.save_rows(rows_of(measurements))
         for part, reference in dict.fromkeys(map(_group, measurements)):
             group = [m for m in measurements if _group(m) == (part, reference)]

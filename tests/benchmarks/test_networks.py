@@ -37,11 +37,11 @@ def test_the_published_counts_are_of_the_same_forms():
 
 
 @pytest.mark.slow
-def test_networks_are_measured_once_and_the_rest_where_it_stopped(
+def test_networks_are_compiled_once_and_the_rest_where_it_stopped(
     run, monkeypatch, tmp_path, capsys
 ):
     folder = tmp_path / "run"
-    arguments = ("networks", "--names", *SMALL, "--rounds", 3, "--run-dir", folder)
+    arguments = ("networks", "--names", *SMALL, "--run-dir", folder)
     run(*arguments)
     printed = capsys.readouterr().out
     assert "resnet8" in printed
@@ -52,14 +52,7 @@ def test_networks_are_measured_once_and_the_rest_where_it_stopped(
         entry = models.describe(row["network"])
         assert row["parameters"] == entry.num_parameters
         assert row["published_gflop"] is None
-        assert row["device_peak_bytes"] is None  # a CPU does not count them
         assert row["commit"]
-        for part in ("forward", "step"):
-            low, median, high = (
-                row[f"{part}_seconds{end}"] for end in ("_low", "", "_high")
-            )
-            assert 0 < low <= median <= high
-            assert row[f"{part}_compile_seconds"] > 0
         # Parameters and momenta at least, where a forward has parameters alone.
         assert row["step_bytes"] > row["forward_bytes"] > 4 * row["parameters"]
         assert row["step_bytes"] > 8 * row["parameters"]
@@ -78,7 +71,7 @@ def test_networks_are_measured_once_and_the_rest_where_it_stopped(
 
     monkeypatch.setattr(networks, "measure", measure)
     run(*arguments)
-    assert measured == [("pixelgan", "float32", 2, 3)]
+    assert measured == [("pixelgan", 2)]
     with (folder / "rows.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["network"] for row in table] == list(SMALL)
@@ -88,7 +81,7 @@ def test_80_columns_hold_the_largest_networks():
     with RESULTS.open() as file:
         rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
     cells = list(map(networks.cells, rows))
-    table = make_table(networks.header_of(rows), cells)
+    table = make_table(networks.HEADER, cells)
     lines = printed_lines(table, width=80)
     assert len(lines) == 2 + len(rows)
     for line, row in zip(lines[2:], rows, strict=True):
@@ -102,14 +95,6 @@ def number(text):
         return text or None
 
 
-def test_bfloat16_is_compared_with_what_the_device_can_do(monkeypatch):
-    kind = jax.devices()[0].device_kind
-    assert networks._share_of_peak("bfloat16", 1e12) is None
-    monkeypatch.setitem(networks.PEAK_FLOPS, kind, 4e12)
-    assert networks._share_of_peak("bfloat16", 1e12) == 0.25
-    assert networks._share_of_peak("float32", 1e12) is None
-
-
 def test_names_are_patterns_in_the_order_of_the_catalogue():
     config = NetworksConfig(names=("vit_*", "resnet8", "resnet*"))
     assert config.networks[0] == "resnet8"
@@ -120,18 +105,16 @@ def test_names_are_patterns_in_the_order_of_the_catalogue():
         NetworksConfig(names=("alexnet*",))
 
 
-def test_a_gpu_computes_in_bfloat16_as_well(monkeypatch):
-    assert NetworksConfig().dtypes == ("float32",)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert NetworksConfig().dtypes == ("float32", "bfloat16")
-    assert NetworksConfig(dtype="float32").dtypes == ("float32",)
+def test_flops_are_counted_where_jax_can(monkeypatch):
+    """JAX refuses to count them for a GPU, even of a program for another platform."""
+    devices = []
 
+    def cost_analysis(lowered):
+        devices.append(jax.config.jax_default_device)
+        return {"flops": 7.0}
 
-def test_the_share_of_the_peak_has_a_column_where_it_is_known():
-    with RESULTS.open() as file:
-        row = {k: number(v) for k, v in next(csv.DictReader(file)).items()}
-    assert networks.header_of([row]) == networks.HEADER
-    assert len(networks.cells(row)) == len(networks.HEADER)
-    row["share_of_peak"] = 0.25
-    assert networks.header_of([row])[-1] == "peak"
-    assert networks.cells(row)[-1] == "25%"
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", cost_analysis)
+    matrix = jax.ShapeDtypeStruct((4, 4), "float32")
+    found = networks.compile_function(lambda x: x @ x, matrix)
+    assert found.flop == 7.0
+    assert devices == jax.devices("cpu")[:1]

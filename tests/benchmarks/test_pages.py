@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare
-from benchmarks.compare import METHODS, summarize
+from benchmarks import compile as compile_
+from benchmarks import speed
 from benchmarks.report import markdown, with_range
-from train.optim.techniques import TECHNIQUES
+from benchmarks.step_times import NETWORKS, TASKS
+from benchmarks.studies import results
+from benchmarks.studies.methods import OURS, methods_of
+from benchmarks.studies.results import (
+    VERDICT_HEADER,
+    cells_of,
+    summarize,
+    verdict_cells,
+)
+from benchmarks.studies.tasks import STUDY_TASKS
 
 ROOT = Path(__file__).parents[2]
+DIGITS = STUDY_TASKS["classification"]
+METHODS = methods_of(DIGITS)
 
 
 def page(name):
@@ -31,7 +42,7 @@ def ratio_of(row, spec):
 
 def study_rows(name):
     """The rows of a study, as it reads them itself."""
-    numbers = ("accuracy", "ms_per_step")
+    numbers = ("accuracy", "ms_per_step", "gradient_evaluations")
     return [
         row
         | {key: float(row[key]) for key in numbers}
@@ -42,17 +53,24 @@ def study_rows(name):
 
 @pytest.mark.parametrize("name", ["README.md", "docs/digits.md"])
 def test_the_table_of_the_study(name):
-    summaries = summarize(study_rows("digits_cpu"))
+    summaries = summarize(study_rows("digits_cpu"), METHODS, DIGITS)
     assert [s.method.name for s in summaries] == [m.name for m in METHODS]
-    table = markdown(compare.HEADER, list(map(compare.cells_of, summaries)))
+    table = markdown(results.header(DIGITS), list(map(cells_of, summaries)))
     assert table in page(name)
+
+
+def test_the_verdicts_of_the_study():
+    summaries = summarize(study_rows("digits_cpu"), METHODS, DIGITS)
+    cells = [cells for summary in summaries for cells in verdict_cells(summary)]
+    assert markdown(VERDICT_HEADER, cells) in page("docs/digits.md")
 
 
 def test_the_differences_at_equal_gradients():
     text = " ".join(page("docs/digits.md").split())
-    for summary in summarize(study_rows("digits_cpu")):
-        if interval := summary.versus_equal_gradients:
-            difference = with_range(*interval, "+.2f")
+    for summary in summarize(study_rows("digits_cpu"), METHODS, DIGITS):
+        for comparison in summary.comparisons[1:]:
+            assert comparison.equal == "gradients"
+            difference = with_range(*comparison.effect.interval, "+.2f")
             assert f"`{summary.method.name}` {difference}" in text
 
 
@@ -90,16 +108,9 @@ def test_the_tables_of_the_loop():
     parts = {}
     for row in rows_of("loop_cpu"):
         parts.setdefault(row["part"], []).append(row)
-    for row in parts["loop"] + parts["techniques in the loop"]:
-        name = "none" if row["name"] == "sgd" else f"`{row['name']}`"
+    for row in parts["loop"]:
         ms = 1000 * float(row["seconds"])
-        start = f"| {name} | {ms:.1f} | {ratio_of(row, '.3f')} |"
-        assert [line for line in lines if line.startswith(start)], start
-    compiled = {row["name"]: row for row in parts["techniques in the loop"]}
-    assert set(TECHNIQUES) <= set(compiled)
-    for name in TECHNIQUES:
-        seconds = float(compiled[name]["compile_seconds"])
-        assert f"| `{name}` | {seconds:.1f} s | |" in lines
+        assert f"| `{row['name']}` | {ms:.1f} | {ratio_of(row, '.3f')} |" in lines
 
 
 def test_the_reasons_of_what_was_removed():
@@ -124,7 +135,7 @@ def test_the_reasons_of_what_was_removed():
 def test_the_tables_of_the_cost():
     lines = page("docs/cost.md").splitlines()
     rows = rows_of("transforms_cpu")
-    assert len(rows) == 13 + 6
+    assert len(rows) == 13
     for row in rows:
         ms, moved = float(row["ms"]), row["gigabytes_moved"]
         cells = [f"`{row['name']}`", f"{ms:.1f}" if moved else f"{ms:.0f}"]
@@ -156,3 +167,114 @@ def test_the_rows_name_the_techniques_as_the_benchmarks_do():
     assert {subject.name for subject in transforms._subjects()} <= names
     fields = {field.name for field in dataclasses.fields(transforms.Measurement)}
     assert fields - {"ratio"} <= set(rows_of("transforms_cpu")[0])
+
+
+def compile_rows(**columns):
+    """The rows of compiled steps with such values, numbers as numbers."""
+    rows = [{k: number(v) for k, v in row.items()} for row in rows_of("compile")]
+    return [r for r in rows if all(r[k] == v for k, v in columns.items())]
+
+
+def number(text):
+    if text.isdecimal():
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return {"": None, "True": True, "False": False}.get(text, text)
+
+
+def test_the_tables_of_compiled_steps():
+    text = page("docs/compile.md")
+    groups = {}
+    for row in compile_rows():
+        groups.setdefault((row["target"], row["batch_size"]), []).append(row)
+    other = []
+    for (_, batch_size), rows in groups.items():
+        if len({row["technique"] for row in rows}) > 1:
+            table = markdown(compile_.HEADER, list(map(compile_.cells, rows)))
+            assert table in text
+        elif batch_size != 2048:  # they are in the table of chips
+            other += rows
+    cells = [
+        (
+            row["target"],
+            row["network"],
+            f"{row['batch_size']}",
+            f"{row['compile_seconds']:.0f}",
+            f"{row['needed_bytes'] / 1e9:.1f} of {row['memory_bytes'] / 1e9:.1f}",
+            f"{row['fusions']}",
+            f"{row['native_convolutions']}/{row['other_convolutions']}",
+            f"{row['all_reduces']}",
+            f"{row['collective_bytes'] / 1e6:.1f}",
+        )
+        for row in other
+    ]
+    header = (
+        *("target", "network", "images", "s", "GB of", "fusions", "conv."),
+        *("all-reduces", "MB sent"),
+    )
+    assert markdown(header, cells) in text
+    assert {row["technique"] for row in other} == {"none"}
+    assert {row["precision"] for row in compile_rows()} == {"bfloat16"}
+    assert all(row["bfloat16_convolutions"] for row in compile_rows())
+    assert {row["other_convolutions"] for row in compile_rows()} == {0}
+
+
+def test_the_table_of_chips():
+    table = []
+    for row in compile_rows(network="resnet8", batch_size=2048):
+        table.append(
+            (
+                row["target"],
+                f"{row['chips']:.0f}",
+                "yes" if row["shard_params"] else "no",
+                f"{row['needed_bytes'] / 1e6:.0f}",
+                f"{row['gflop']:.2f}",
+                f"{row['all_reduces']:.0f}",
+                f"{row['collective_permutes'] + row['all_gathers']:.0f}",
+                f"{row['collective_bytes'] / 1e6:.2f}",
+            )
+        )
+    header = (
+        "target",
+        "chips",
+        "sharded",
+        "MB",
+        "GFLOP",
+        "all-reduces",
+        "others",
+        "MB sent",
+    )
+    assert markdown(header, table) in page("docs/compile.md")
+
+
+def test_the_kernels_of_the_techniques():
+    text = page("docs/compile.md")
+    fusions = {
+        row["technique"]: row["fusions"]
+        for row in compile_rows(network="resnet18_cifar", target="h100")
+    }
+    assert {"none", "sam", *OURS} <= set(fusions)
+    for name, to in (
+        ("scale_by_random", "none"),
+        ("centralize", "none"),
+        ("perturbed_unit_step", "sam"),
+        ("barzilai_borwein_step", "sam"),
+    ):
+        more = fusions[name] - fusions[to]
+        ratio = fusions[name] / fusions[to]
+        assert (
+            f"| `{name}` | {fusions[name]:.0f} | `{to}` | {more:+.0f} | {ratio:.3f} |"
+            in (text)
+        )
+
+
+def test_the_tables_of_speed():
+    rows = rows_of("speed_cpu")
+    text = page("docs/speed.md")
+    assert {row["network"] for row in rows} == {*NETWORKS, *TASKS}
+    for table, header in speed.HEADERS.items():
+        found = [speed.cells(row) for row in rows if row["table"] == table]
+        assert found
+        assert markdown(header, found) in text

@@ -12,23 +12,13 @@ from benchmarks.timing import Ratio
 from train.output.run_folder import RunFolderError
 
 
-def test_the_commands_are_listed_if_none_is_given(run, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run()
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    for name in ("compare", "transforms", "input", "networks", "loop"):
-        assert f"• {name} " in printed
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("transforms", "--rounds", 0), "rounds must be greater than 0, got 0"),
-        (("transforms", "--batch-size", 0), "batch_size must be greater than 0, got 0"),
         (("input", "--rounds", 0), "rounds must be greater than 0, got 0"),
         (("loop", "--rounds", 0), "rounds must be greater than 0, got 0"),
-        (("networks", "--rounds", 0), "rounds must be greater than 0, got 0"),
+        (("speed", "--rounds", 0), "rounds must be greater than 0, got 0"),
         (("networks", "--batch-size", 0), "batch_size must be greater than 0, got 0"),
         (
             ("networks", "--names", "resnet8", "alexnet*"),

@@ -1,0 +1,1 @@
+"""Studies: which technique helps, by how much, and how sure that is."""

@@ -1,0 +1,258 @@
+"""Plans a study, and trains the runs that are missing in its folder."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.report import ROWS, Report
+from benchmarks.studies.config import CompareConfig
+from benchmarks.studies.methods import Method
+from benchmarks.studies.plan import LEAST_SEEDS, choose, in_words, measure
+from benchmarks.studies.runs import Compiled, train
+from train.data import Dataset
+from train.program import compile_program
+from train.progress import Progress, shown_on
+from train.tasks import TASKS
+from train.tasks.base import check_images
+
+_PLANS = "plans.jsonl"  # the last one holds
+
+# The number of seeds if it is not set: without a budget, and the most within one.
+_SEEDS = 5
+_MOST_SEEDS = 20
+# An epoch has so many steps at least if no batch size is set.
+_LEAST_STEPS = 10
+# Seconds of a budget that are kept for the page, and how much longer training takes
+# than the steps that are timed say.
+_RESERVE = 12.0
+_MARGIN = 1.15
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study trains. Its folder keeps it, as more seeds need the same epochs.
+
+    Attributes:
+      epochs: passes over the training examples.
+      batch_size: examples in a step.
+      seeds: number of seeds.
+      most_seeds: the setting `seeds` for which they were chosen.
+      budget: the setting `budget` for which they were chosen.
+      train_examples: number of training examples.
+      eval_examples: number of examples to evaluate on.
+      image_size: (height, width).
+    """
+
+    epochs: int
+    batch_size: int
+    seeds: int
+    most_seeds: int | None
+    budget: float | None
+    train_examples: int
+    eval_examples: int
+    image_size: tuple[int, int]
+
+    def is_for(self, config: CompareConfig) -> bool:
+        """Whether the number of seeds was chosen for these settings."""
+        return (self.budget, self.most_seeds) == (config.budget, config.seeds)
+
+
+def run_study(
+    config: CompareConfig, methods: Sequence[Method], report: Report, start: float
+) -> Plan:
+    """Trains the runs that have no row yet, and says before what they will take.
+
+    Args:
+      config: the settings.
+      methods: the methods, with the learning rates that they are to have.
+      report: the folder of the rows, and the console.
+      start: when the command began, as told by `time.monotonic`.
+
+    Returns:
+      What was trained.
+
+    Raises:
+      UsageError: if the settings do not fit the data, or if the budget is too small.
+    """
+    plans = [_plan_from(record) for record in report.folder.read(_PLANS)]
+    old = plans[-1] if plans else None
+    if old is not None and old.is_for(config) and not _missing(methods, report, old):
+        return old
+
+    # Load the data, and choose the epochs.
+    progress = shown_on(report.console)
+    dataset = config.data.load(config.task, progress)
+    examples = [len(dataset.split(name)) for name in ("train", config.eval_split)]
+    opened = OpenedStudy(config=config, methods=methods, dataset=dataset)
+    end = start + config.budget - _RESERVE if config.budget else math.inf
+    if old is not None:
+        epochs = old.epochs
+    else:
+        epochs = config.epochs or config.study_task.epochs
+        if config.budget:
+            epochs = _fitting_epochs(opened, epochs, start, progress)
+
+    # Compile the methods, and choose the seeds.
+    plan = Plan(
+        epochs=epochs,
+        batch_size=opened.batch_size,
+        seeds=config.seeds or (_MOST_SEEDS if config.budget else _SEEDS),
+        most_seeds=config.seeds,
+        budget=config.budget,
+        train_examples=examples[0],
+        eval_examples=examples[1],
+        image_size=dataset.split("train").reader.size,
+    )
+    missing = _missing(methods, report, plan)
+    compiled, seconds = opened.compile_all(missing, epochs, progress)
+    if config.budget:
+        left = end - time.monotonic()
+        plan = dataclasses.replace(
+            plan, seeds=_fitting_seeds(missing, seconds, left, most=plan.seeds)
+        )
+        missing = _missing(methods, report, plan)
+
+    # Train.
+    steps = sum(compiled[method.name].num_steps for _, method in missing)
+    total = sum(seconds[method.name] for _, method in missing)
+    report.console.print(
+        f"{len(methods)} methods, {plan.seeds} seeds, epochs: {epochs}; "
+        f"{len(missing)} runs to train, {steps:,} steps, about {in_words(total)}"
+    )
+    report.folder.start()
+    report.folder.append(_PLANS, dataclasses.asdict(plan))
+    with progress("training", steps) as reporter:
+        for seed, runs in itertools.groupby(missing, key=lambda pair: pair[0]):
+            methods = [method for _, method in runs]
+            needed = sum(seconds[method.name] for method in methods)
+            if seed >= LEAST_SEEDS and time.monotonic() + needed > end:
+                report.console.print(f"the budget ends after {seed} seeds")
+                break
+            for method in methods:
+                text = f"seed {seed + 1}/{plan.seeds}, {method.name}"
+                row = train(compiled[method.name], seed, reporter, text)
+                report.folder.append(ROWS, row)
+    return plan
+
+
+def _plan_from(record: dict[str, Any]) -> Plan:
+    return Plan(**{**record, "image_size": tuple(record["image_size"])})
+
+
+def _missing(
+    methods: Sequence[Method], report: Report, plan: Plan
+) -> list[tuple[int, Method]]:
+    """Returns the seeds and methods that have no row yet.
+
+    Methods are the inner loop, so that a slow minute of the machine hits all of them.
+    """
+    done = {(row["method"], row["seed"]) for row in report.folder.read(ROWS)}
+    return [
+        (seed, method)
+        for seed in range(plan.seeds)
+        for method in methods
+        if (method.name, seed) not in done
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedStudy:
+    """The data of a study, for which its methods are compiled."""
+
+    config: CompareConfig
+    methods: Sequence[Method]
+    dataset: Dataset
+
+    @property
+    def batch_size(self) -> int:
+        """That of the task, or less if an epoch would have few steps."""
+        if self.config.batch_size is not None:
+            return self.config.batch_size
+        usual: int = self.config.study_task.config_type().batch_size
+        few = len(self.dataset.split("train")) // _LEAST_STEPS
+        return min(usual, max(2, few))
+
+    def compile(self, method: Method, epochs: int) -> Compiled:
+        """Compiles the runs of a method."""
+        run_config = self.config.run_config(method, epochs, self.batch_size)
+        task = TASKS[self.config.task].create(run_config, self.dataset)
+        check_images(task, self.dataset)
+        return Compiled(
+            method=method,
+            program=compile_program(task, run_config, self.dataset),
+            task=self.config.study_task,
+            worst=self.config.study_task.worst(self.dataset, self.config.eval_split),
+        )
+
+    def compile_all(
+        self, missing: Sequence[tuple[int, Method]], epochs: int, progress: Progress
+    ) -> tuple[dict[str, Compiled], dict[str, float]]:
+        """Compiles and times the methods of missing runs.
+
+        Returns:
+          The compiled methods, and the seconds that a run of each takes, by name.
+        """
+        names = {method.name for _, method in missing}
+        methods = [method for method in self.methods if method.name in names]
+        compiled, seconds = {}, {}
+        with progress("compiling", len(methods)) as reporter:
+            for method in methods:
+                reporter.describe(f"compiling and timing {method.name}")
+                compiled[method.name] = self.compile(method, epochs)
+                cost = measure(compiled[method.name].program, method.epochs_factor)
+                seconds[method.name] = _MARGIN * cost.seconds(epochs)
+                reporter.advance()
+        return compiled, seconds
+
+
+def _fitting_epochs(
+    opened: OpenedStudy, most_epochs: int, start: float, progress: Progress
+) -> int:
+    """Returns how many epochs fit into the budget, as the first baseline tells.
+
+    The epochs are part of a compiled step, as its learning rates depend on them. To
+    time all methods first would mean to compile them twice.
+    """
+    config, methods = opened.config, opened.methods
+    assert config.budget is not None
+    with progress("compiling", 1) as reporter:
+        reporter.describe(f"compiling and timing {methods[0].name}")
+        program = opened.compile(methods[0], most_epochs).program
+        program.init_state(0)  # compiles what all methods share
+        measuring = time.monotonic()
+        cost = measure(program, 1)
+        measuring = time.monotonic() - measuring
+        reporter.advance()
+    gradients = [method.optimizer.gradients_per_step for method in methods]
+    costs = [
+        dataclasses.replace(
+            cost, step=_MARGIN * count * cost.step, epochs_factor=method.epochs_factor
+        )
+        for count, method in zip(gradients, methods, strict=True)
+    ]
+    compiling = program.compile_seconds * sum(gradients) + measuring * len(costs)
+    return choose(
+        costs,
+        budget=config.budget,
+        spent=time.monotonic() - start + compiling + _RESERVE,
+        most_epochs=most_epochs,
+        most_seeds=config.seeds or _MOST_SEEDS,
+    )[0]
+
+
+def _fitting_seeds(
+    missing: Sequence[tuple[int, Method]],
+    seconds: Mapping[str, float],
+    left: float,
+    *,
+    most: int,
+) -> int:
+    """Returns how many seeds are finished in the time left, but at least 2."""
+    for seed, method in missing:
+        left -= seconds[method.name]
+        if left < 0:
+            return max(LEAST_SEEDS, seed)
+    return most
