@@ -2,17 +2,27 @@
 
 import csv
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 import models
+import optax_tricks
+import optax_tricks.nnx
 from benchmarks import networks
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/networks.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGES = {
+    path.relative_to(ROOT / "docs").as_posix(): path.read_text()
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+# Blocks of these pages need data that no test has, or more time than a fast test.
+NEEDS_DATA = ("paired_images/maps",)
+SLOW = ("training.md",)
 
 
 def markdown(header, rows):
@@ -89,10 +99,83 @@ def test_what_has_been_trained_is_that_of_the_committed_rows():
         assert row["command"] in commands
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["create", "weights"])
-def test_example_runs(example, tmp_path, monkeypatch):
+def blocks(page):
+    """The Python blocks of a page, except those that need data."""
+    found = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    return [block for block in found if not any(name in block for name in NEEDS_DATA)]
+
+
+def marked(page):
+    return pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)])
+def test_python_blocks_run(page, tmp_path, monkeypatch, one_device, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    with jax.numpy_rank_promotion("allow"):  # as it is for the reader
-        exec(example, names)
-    assert names["logits"].shape == names["expected"]
+    for block in blocks(page):
+        if "import equinox" in block:
+            pytest.importorskip("equinox")
+        with jax.numpy_rank_promotion("allow"):  # as it is for the reader
+            exec(block, names)
+        # A comment says what a comparison prints.
+        said = re.findall(r"^print\(.*  # (True|False)\b", block, flags=re.MULTILINE)
+        printed = capsys.readouterr().out.split()
+        assert [word for word in printed if word in ("True", "False")] == said
+        if "expected" in names:
+            assert names["logits"].shape == names["expected"]
+
+
+def test_the_numbers_of_the_choice_are_those_of_the_digits():
+    choice, digits = (
+        " ".join(PAGES[name].split()) for name in ("choose.md", "digits.md")
+    )
+    differences = re.findall(r"[+-][\d.]+ \[[^]]+\]", choice)
+    assert len(differences) == 6
+    assert all(difference in digits for difference in differences)
+    sgd, twice = (
+        float(re.search(rf"\| {name} \| 1 \| ([\d.]+)", digits)[1])
+        for name in ("sgd", "sgd, 2x epochs")
+    )
+    pugd = re.search(r"\| perturbed_unit_step \| 2 \| [^|]+ \| \+([\d.]+) ", digits)[1]
+    assert f"alone gives {twice - sgd:.2f} of the {pugd} points" in choice
+
+
+@pytest.mark.slow
+def test_faults_are_counted():
+    page = (ROOT / "docs/training.md").read_text()
+    (said,) = re.findall(r"more than ([\d,]+) faults and unusual inputs", page)
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "faults"]
+    listed = subprocess.run(
+        [*command, "tests"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = sum("::" in line for line in listed.stdout.splitlines())
+    assert 0 <= found - int(said.replace(",", "")) < 200
+
+
+@pytest.mark.parametrize("module", [optax_tricks, optax_tricks.nnx], ids=str)
+def test_every_public_name_is_in_the_reference(module):
+    page = PAGES[f"api/{module.__name__.split('.')[-1]}.md"]
+    listed = re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)
+    assert sorted(listed) == [f"{module.__name__}.{name}" for name in module.__all__]
+
+
+def test_links_into_the_repository_and_between_pages_exist():
+    for name, page in PAGES.items():
+        links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page)
+        for link in links:
+            assert (ROOT / "docs" / name).parent.joinpath(link).exists(), (name, link)
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    # No page asks another server for anything but what a reader clicks on.
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img)[^>]* src=\"?(http[^\" >]+)", page.read_text()
+        )
+        assert not loaded, (page, loaded)
