@@ -69,7 +69,13 @@ class Report:
 
 @contextlib.contextmanager
 def open_report(
-    name: str, config: Mapping[str, Any], run_dir: Path | None, *, resume: bool = False
+    name: str,
+    config: Mapping[str, Any],
+    run_dir: Path | None,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    share: bool = False,
 ) -> Iterator[Report]:
     """Opens the folder of a benchmark, and says at the end where it is.
 
@@ -78,12 +84,24 @@ def open_report(
       config: all settings.
       run_dir: the folder; a new one under runs/ if unset.
       resume: whether a folder with results of the same settings may be continued.
+      quiet: whether nothing is printed.
+      share: whether to wait for another process that has the folder.
 
     Raises:
       RunFolderError: if the folder cannot be used.
     """
-    console = make_console()
-    with open_run_folder(run_dir, name, dict(config), resume=resume) as folder:
+    console = make_console(quiet=quiet)
+
+    def on_wait() -> None:
+        console.print("waiting for another process that plans this study")
+
+    with open_run_folder(
+        run_dir,
+        name,
+        dict(config),
+        resume=resume,
+        on_wait=on_wait if share else None,
+    ) as folder:
         yield Report(folder, console)
         console.print(f"Written to {folder.path}")
 

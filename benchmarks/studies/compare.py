@@ -1,5 +1,6 @@
 """The command that says which technique helps."""
 
+import contextlib
 import shlex
 import sys
 import time
@@ -24,10 +25,12 @@ from benchmarks.studies.results import (
     verdict_cells,
     verdict_lines,
 )
+from benchmarks.studies.runners import runners
 from benchmarks.studies.runs import flat
 from benchmarks.studies.study import Plan, run_study
 from benchmarks.studies.tuning import about_trials, tuned_methods
 from train import plots
+from train.output.run_folder import new_path
 
 _CURVES = "learning_curves.png"
 
@@ -44,11 +47,26 @@ def compare(
         of the same study, only the missing runs are trained.
     """
     start = time.monotonic()
-    name = f"compare-{config.task}-{config.data.dataset}"
-    with open_report(name, config.described(), run_dir, resume=True) as report:
+    run_dir = run_dir or new_path(f"compare-{config.task}-{config.data.dataset}")
+    with runners(config, run_dir, join), _open(config, run_dir) as report:
         methods = tuned_methods(config, report)
         plan = run_study(config, methods, report, start)
         _write_results(config, methods, plan, report)
+
+
+def join(config: CompareConfig, run_dir: Path) -> None:
+    """Trains runs of a study that another process has planned."""
+    with _open(config, run_dir, quiet=True) as report:
+        methods = tuned_methods(config, report)
+        run_study(config, methods, report, time.monotonic(), follows=True)
+
+
+def _open(
+    config: CompareConfig, run_dir: Path, *, quiet: bool = False
+) -> contextlib.AbstractContextManager[Report]:
+    return open_report(
+        "", config.described(), run_dir, resume=True, quiet=quiet, share=True
+    )
 
 
 def _write_results(
@@ -68,7 +86,7 @@ def _write_results(
         curves_of(rows, task),
         report.folder.path / _CURVES,
         score="score",
-        ylabel=f"{config.eval_split} {task.error_title} (%)",
+        ylabel=f"{config.data.eval_split} {task.error_title} (%)",
         baselines=[m.name for m in methods if m.baseline is None],
     )
     report.folder.write_text(
@@ -83,7 +101,7 @@ def _write_results(
             summaries=summaries,
             task=task,
             subtitle=f"{len(methods)} methods, {len(seeds)} seeds each; "
-            f"{task.title} on {plan.eval_examples:,} {config.eval_split} examples",
+            f"{task.title} on {plan.eval_examples:,} {config.data.eval_split} examples",
             settings=_settings(config, methods[0], plan, len(seeds)),
             about=about,
             figure=(report.folder.path / _CURVES).read_bytes(),
@@ -105,10 +123,10 @@ def _settings(
         "network": str(getattr(run, config.study_task.network)),
         "image size": "{} x {}".format(*plan.image_size),
         "training examples": f"{plan.train_examples:,}",
-        f"{config.eval_split} examples": f"{plan.eval_examples:,}",
+        f"{config.data.eval_split} examples": f"{plan.eval_examples:,}",
         "seeds": f"{seeds}, the same for all methods",
         "epochs": str(plan.epochs),
         "batch size": str(plan.batch_size),
-        "augmentation": "none",
+        "augmentation": ", ".join(run.data.augment) or "none",
         "learning rates": about_trials(config),
     }

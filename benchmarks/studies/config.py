@@ -7,14 +7,23 @@ import pydantic
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from benchmarks.studies.methods import OURS, Method, methods_of
+from benchmarks.studies.methods import OURS, Method, methods_of, with_optimizer
 from benchmarks.studies.plan import parse_duration
 from benchmarks.studies.tasks import STUDY_TASKS, StudyTask
 from train.config import TrainingConfig
 from train.data.config import DataConfig, Size
 from train.errors import UsageError
-from train.optim.config import OPTIMIZERS
-from train.settings import AnyPath, Choice, Positive, refuse, settings
+from train.optim.config import OPTIMIZERS, OptimizerConfig
+from train.settings import (
+    AnyPath,
+    Choice,
+    Fraction,
+    NonNegative,
+    Positive,
+    refuse,
+    settings,
+)
+from train.tasks.recipes import RECIPES
 
 
 def _parse_budget(arguments: list[str]) -> float | None:
@@ -51,12 +60,23 @@ class CompareConfig:
     """Network to train, or the generator for translation; a small one if unset."""
     techniques: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = OURS
     """Techniques to compare, separated by spaces; those of one chain are joined by +,
-    as in centralize+perturbed_unit_step. `sam` is there to compare with."""
+    as in centralize+perturbed_unit_step, and options follow a colon, as in sam:rho=0.1.
+    `optimizer` is the place of the base optimizer, if not after all techniques."""
+    optimizers: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = ()
+    """Other optimizers to compare with the base optimizer, separated by spaces."""
     base_optimizer: Annotated[str, Choice("optimizer", OPTIMIZERS)] | None = None
-    """Optimizer that the techniques are added to, with a learning rate; that of the
-    task if unset."""
+    """Optimizer that the techniques are added to; that of the task if unset."""
+    recipe: Annotated[str, Choice("recipe", RECIPES)] | None = None
+    """Settings of a paper for everything but the techniques, as `python -m train
+    recipes` lists them; the flags that are given override them."""
+    weights: AnyPath | None = None
+    """Pretrained weights that all runs start from, for classification."""
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods, instead of their own rates."""
+    momentum: Fraction[float] | None = None
+    """One momentum for all methods, instead of their own."""
+    weight_decay: NonNegative[float] | None = None
+    """One weight decay for all methods, instead of their own."""
     trials: Annotated[int, pydantic.Field(ge=2)] | None = None
     """Learning rates to try for each method, at least 2, before it is compared with the
     best one. All methods try the same rates, on validation examples and from two seeds
@@ -64,6 +84,8 @@ class CompareConfig:
     epochs: Positive[int] | None = None
     """Passes over the training examples; within a budget, the most passes. 15 for
     classification and 10 for the others if unset."""
+    eval_every: Positive[int] = 1
+    """Epochs between two points of the learning curves."""
     batch_size: Positive[int] | None = None
     """Examples in a step; if unset, that of the task, or a tenth of the training
     examples if they are few."""
@@ -73,9 +95,15 @@ class CompareConfig:
     budget: Duration = None
     """Time for all of it, as 90s, 30m or 1.5h. As many seeds as fit are trained. If
     fewer than 3 fit, the epochs are cut for 3 seeds, and for 2 if they must be."""
-    eval_split: Literal["test", "validation"] = "test"
-    """Split to evaluate on; validation is for choosing settings, and holds out a fifth
-    of the training examples if the dataset has no such split."""
+    runners: Positive[int] = 1
+    """Processes that share the runs. Several commands with the same --run-dir share
+    them too."""
+    ray: str | None = None
+    """Address of a Ray cluster whose workers are the runners, or `auto`. All of them
+    must see --run-dir and the datasets under the same paths."""
+    eval_split: Literal["test", "validation"] | None = None
+    """Split to evaluate on, test if unset; validation is for choosing settings, and
+    holds out a fifth of the training examples if the dataset has no such split."""
     train_examples: Positive[int] | None = None
     """Train on so many of the training examples, of each class as many as possible;
     all of them if unset."""
@@ -85,12 +113,19 @@ class CompareConfig:
     """Folder of prepared datasets; $TFDS_DATA_DIR or ~/tensorflow_datasets if unset."""
 
     def __post_init__(self) -> None:
-        own = self.study_task.base.optimizer
-        if self.base_optimizer not in (None, own) and self.learning_rate is None:
+        if type(self._start) is not self.study_task.config_type:
+            raise UsageError(f"recipe {self.recipe} is not for {self.task}")
+        if self.weights is not None and self.task != "classification":
+            raise UsageError("weights are for classification: leave them out")
+        if self.optimizers and self.learning_rate is not None:
             raise UsageError(
-                f"base_optimizer {self.base_optimizer} needs a learning_rate; only "
-                f"{own} has one of its own here"
+                "optimizers and learning_rate exclude each other: other optimizers "
+                "need other rates; choose them with trials"
             )
+        if self.budget is not None and self.runners > 1:
+            raise UsageError("a budget is for one process: leave runners or it out")
+        if self.ray is not None and self.runners == 1:
+            raise UsageError("ray needs the number of runners, at least 2")
         if self.trials is not None:
             self._check_trials()
         for method in self.methods:
@@ -103,10 +138,10 @@ class CompareConfig:
         ):
             if getattr(self, name) is not None:
                 raise UsageError(f"trials and {name} exclude each other: {reason}")
-        if self.eval_split == "validation":
+        if self.data.eval_split == "validation":
             raise UsageError(
                 "trials are judged on validation examples, so methods must be compared "
-                "on others: leave eval_split out"
+                "on others: leave eval_split out, or set it to test"
             )
 
     @property
@@ -115,37 +150,65 @@ class CompareConfig:
         return STUDY_TASKS[self.task]
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        """The baselines and the techniques, with the settings of their optimizers."""
+    def _start(self) -> TrainingConfig:
+        """The settings that the flags change."""
+        return RECIPES[self.recipe]() if self.recipe else self.study_task.config_type()
+
+    @property
+    def base(self) -> OptimizerConfig:
+        """The settings of the base optimizer."""
         base = self.study_task.base
-        if self.base_optimizer in (None, base.optimizer):
-            methods = methods_of(self.study_task, self.techniques)
-        else:
-            base = dataclasses.replace(base, optimizer=self.base_optimizer)
-            methods = methods_of(self.study_task, self.techniques, base)
-        if self.learning_rate is None:
-            return methods
+        if self.recipe:
+            base = dataclasses.replace(self._start.optimizer, techniques=())
+        if self.base_optimizer not in (None, base.optimizer):
+            base = with_optimizer(base, self.base_optimizer)
+        return self._changed(base)
+
+    def _changed(self, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """Returns settings with those that are the same for all methods."""
+        names = ("learning_rate", "momentum", "weight_decay")
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(optimizer, **given)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The baselines and what they are compared with, with their settings."""
+        own = not self.recipe and self.base.optimizer == self.study_task.base.optimizer
+        methods = methods_of(
+            self.study_task,
+            self.techniques,
+            base=None if own else self.base,
+            optimizers=self.optimizers,
+        )
         return tuple(
-            dataclasses.replace(
-                method,
-                optimizer=dataclasses.replace(
-                    method.optimizer, learning_rate=self.learning_rate
-                ),
-            )
+            dataclasses.replace(method, optimizer=self._changed(method.optimizer))
             for method in methods
         )
 
     @property
     def data(self) -> DataConfig:
         """The settings of the data."""
-        default = self.study_task.config_type().data.dataset
-        return DataConfig(
-            dataset=self.dataset or default,
-            eval_split=self.eval_split,
-            train_examples=self.train_examples,
-            image_size=self.image_size,
-            data_dir=self.data_dir,
-        )
+        given: dict[str, Any] = {
+            "dataset": self.dataset,
+            "eval_split": self.eval_split,
+            "train_examples": self.train_examples,
+            "image_size": self.image_size,
+            "data_dir": self.data_dir,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self._start.data, **given)
+
+    @property
+    def usual_epochs(self) -> int:
+        """Passes over the training examples if there is no budget."""
+        usual = self._start.epochs if self.recipe else self.study_task.epochs
+        return self.epochs or usual
+
+    @property
+    def usual_batch_size(self) -> int:
+        """Examples in a step if there are enough of them."""
+        return self.batch_size or self._start.batch_size
 
     def run_config(
         self, method: Method, epochs: int, batch_size: int
@@ -157,26 +220,37 @@ class CompareConfig:
           epochs: epochs of the study, which a method may multiply.
           batch_size: examples in a step.
         """
-        network: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         if self.model is not None:
-            network[self.study_task.network] = self.model
-        return self.study_task.config_type(
+            changes[self.study_task.network] = self.model
+        if self.weights is not None:
+            changes["weights"] = self.weights
+        return dataclasses.replace(
+            self._start,
             data=self.data,
             epochs=epochs * method.epochs_factor,
             batch_size=batch_size,
-            optimizer=method.optimizer,
-            **network,
+            eval_every=self.eval_every,
+            optimizer=_stretched(method.optimizer, method.epochs_factor),
+            **changes,
         )
 
     def described(self) -> dict[str, Any]:
         """Returns what makes it another study.
 
-        More seeds or more time belong to the same one.
+        More seeds or more time belong to the same one, and so does who runs them.
         """
         all_settings = dataclasses.asdict(self)
-        for name in ("seeds", "budget"):
+        for name in ("seeds", "budget", "runners", "ray"):
             del all_settings[name]
         return all_settings | {
             "dataset": self.data.dataset,
+            "weights": self.weights and self.weights.name,
             "methods": {m.name: dataclasses.asdict(m) for m in self.methods},
         }
+
+
+def _stretched(optimizer: OptimizerConfig, factor: int) -> OptimizerConfig:
+    """Returns the settings for a run of more epochs."""
+    milestones = tuple(factor * epoch for epoch in optimizer.milestones)
+    return dataclasses.replace(optimizer, milestones=milestones)

@@ -1,21 +1,30 @@
-"""The methods of a study: baselines, and techniques that are compared with them.
+"""The methods of a study: baselines, and what is compared with them.
 
 Techniques that take two gradients per step are also compared with a baseline that
 trains for twice the epochs.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import optax_tricks
 from benchmarks.studies.tasks import StudyTask
 from train.errors import UsageError
-from train.optim.config import OptimizerConfig
+from train.optim.chain import PLACES
+from train.optim.config import OPTIMIZERS, OptimizerConfig
 from train.optim.techniques import TECHNIQUES
 from train.settings import unknown_name
 
 # The techniques of the four papers.
 OURS = tuple(name for name in TECHNIQUES if name in optax_tricks.__all__)
+
+# Learning rates to start from, for optimizers that a task has none for.
+USUAL_RATES = {
+    **{"sgd": 0.1, "sgdw": 0.1, "adagrad": 0.01, "rmsprop": 0.001},
+    **{"adam": 0.001, "adamw": 0.001, "lamb": 0.01, "muon": 0.02},
+}
 
 _STEP_TUNED = "barzilai_borwein_step"
 
@@ -41,62 +50,75 @@ class Method:
     epochs_factor: int = 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Chain:
+    """The techniques of a method, and their options.
+
+    Attributes:
+      name: the name of the method.
+      techniques: the names in the order of the chain.
+      options: values of fields of `TechniqueOptions`.
+    """
+
+    name: str
+    techniques: tuple[str, ...]
+    options: dict[str, Any]
+
+
 def methods_of(
     task: StudyTask,
     names: Sequence[str] = OURS,
     base: OptimizerConfig | None = None,
+    optimizers: Sequence[str] = (),
 ) -> tuple[Method, ...]:
     """Returns the methods that compare some techniques with what they are added to.
 
     >>> from benchmarks.studies.tasks import STUDY_TASKS
-    >>> [m.name for m in methods_of(STUDY_TASKS["segmentation"], ["sam"])]
-    ['adam', 'adam, 2x epochs', 'sam']
+    >>> segmentation = STUDY_TASKS["segmentation"]
+    >>> [m.name for m in methods_of(segmentation, ["sam:rho=0.1"], None, ["sgd"])]
+    ['adam', 'adam, 2x epochs', 'sgd', 'sam:rho=0.1']
 
     Args:
       task: the task to train for.
-      names: techniques; several in one chain are joined by "+".
+      names: techniques, with their options after colons; several in one chain are
+        joined by "+". `optimizer` among them is the place of the base optimizer.
       base: settings of the base optimizer, which all techniques share; those of the
         task if None.
+      optimizers: other optimizers to compare with the base optimizer.
 
     Raises:
       UsageError: if a name is unknown or occurs twice, or if techniques cannot be
         joined.
     """
-    chains = [_chain(name) for name in names]
+    chains = list(map(_chain, names))
     if not chains:
         raise UsageError(f"techniques must be one or more of {', '.join(TECHNIQUES)}")
-    joined = ["+".join(chain) for chain in chains]
-    for name in joined:
-        if joined.count(name) > 1:
-            raise UsageError(
-                f"technique {name!r} is named twice: leave one of them out"
-            )
     own_settings = dict(task.own_settings) if base is None else {}
     base = base or task.base
     if base.optimizer == "sgd":
         own_settings.setdefault(_STEP_TUNED, (_step_tuned(base), base.optimizer))
+    _check_twice("technique", [chain.name for chain in chains])
+    _check_twice("optimizer", [base.optimizer, *optimizers])
 
     longer = f"{base.optimizer}, 2x epochs"
     baselines = {
         base.optimizer: Method(name=base.optimizer, optimizer=base),
         longer: Method(name=longer, optimizer=base, epochs_factor=2),
     }
-    methods = []
-    for name, chain in zip(joined, chains, strict=True):
+    methods = [_other(base, name) for name in optimizers]
+    for chain in chains:
         optimizer, baseline = next(
-            (
-                own_settings[technique]
-                for technique in chain
-                if technique in own_settings
-            ),
+            (own_settings[name] for name in chain.techniques if name in own_settings),
             (base, base.optimizer),
         )
         if baseline not in baselines:
             baselines[baseline] = Method(name=baseline, optimizer=optimizer)
-        optimizer = dataclasses.replace(optimizer, techniques=chain)
+        optimizer = dataclasses.replace(
+            optimizer, techniques=chain.techniques, **chain.options
+        )
         methods.append(
             Method(
-                name=name,
+                name=chain.name,
                 optimizer=optimizer,
                 baseline=baseline,
                 equal_gradients=longer if optimizer.gradients_per_step == 2 else None,
@@ -106,18 +128,72 @@ def methods_of(
     return (*(m for m in baselines.values() if m.name in needed), *methods)
 
 
-def _chain(name: str) -> tuple[str, ...]:
-    """Returns the techniques of a method; what replaces the gradient comes first."""
-    chain = tuple(_known(part.strip()) for part in name.split("+"))
-    return tuple(sorted(chain, key=lambda x: -TECHNIQUES[x].gradients_per_step))
+def _check_twice(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{what} {name!r} is named twice: leave one of them out")
 
 
-def _known(name: str) -> str:
-    if name not in TECHNIQUES:
+def _other(base: OptimizerConfig, name: str) -> Method:
+    """Returns another optimizer as a method, with its usual learning rate."""
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+    optimizer = with_optimizer(base, name)
+    return Method(name=name, optimizer=optimizer, baseline=base.optimizer)
+
+
+def with_optimizer(base: OptimizerConfig, name: str) -> OptimizerConfig:
+    """Returns settings with another optimizer and its usual learning rate."""
+    return dataclasses.replace(
+        base, optimizer=name, learning_rate=USUAL_RATES[name], momentum=0.9
+    )
+
+
+def _chain(text: str) -> _Chain:
+    """Parses the techniques of a method; what replaces the gradient comes first."""
+    parts = sorted(map(_part, text.split("+")), key=lambda part: -_gradients(part[0]))
+    options: dict[str, Any] = {}
+    for name, own in parts:
+        options |= {key: _value(name, key, value) for key, value in own.items()}
+    return _Chain(
+        name="+".join(
+            ":".join([name, *(f"{key}={value}" for key, value in own.items())])
+            for name, own in parts
+        ),
+        techniques=tuple(name for name, _ in parts),
+        options=options,
+    )
+
+
+def _gradients(name: str) -> int:
+    return 1 if name in PLACES else TECHNIQUES[name].gradients_per_step
+
+
+def _part(text: str) -> tuple[str, dict[str, str]]:
+    """Splits one technique of a chain into its name and the texts of its options."""
+    name, *options = (part.strip() for part in text.split(":"))
+    if name not in {**TECHNIQUES, **PLACES}:
         error = unknown_name("technique", name, TECHNIQUES)
         hint = "; separate techniques by spaces, and join those of one chain by +"
         raise UsageError(f"{error}{hint if ',' in name else ''}")
-    return name
+    known = TECHNIQUES[name].options if name in TECHNIQUES else ()
+    found = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in known:
+            raise unknown_name(f"option of {name}", key, known or ["none"])
+        found[key] = value
+    return name, found
+
+
+def _value(name: str, key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise UsageError(
+            f"{key} of {name} must be a number, true or false, got {text!r}; write "
+            f"{name}:{key}=VALUE"
+        ) from None
 
 
 def _step_tuned(base: OptimizerConfig) -> OptimizerConfig:

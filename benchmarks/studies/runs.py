@@ -1,7 +1,6 @@
 """One run of a study: a method that is trained from a seed, as a row of results."""
 
 import dataclasses
-import itertools
 import statistics
 from typing import Any
 
@@ -42,11 +41,13 @@ class _Curve(Callbacks):
     """Collects the learning curve of a run, and shows its progress.
 
     Attributes:
-      points: a point for each epoch.
+      points: a point for each epoch that was evaluated.
+      seconds: time of each epoch.
     """
 
     def __init__(self, compiled: Compiled, reporter: Reporter, text: str):
         self.points: list[Record] = []
+        self.seconds: list[float] = []
         self._gradients_per_step = compiled.method.optimizer.gradients_per_step
         self._task = compiled.task
         self._split = compiled.program.config.data.eval_split
@@ -58,13 +59,15 @@ class _Curve(Callbacks):
 
     def on_epoch(self, state: TrainState, record: Record) -> None:
         """Adds a point to the curve."""
-        seconds_before = self.points[-1]["seconds"] if self.points else 0.0
-        score = record[f"{self._split}_{self._task.score}"]
+        self.seconds.append(record["seconds"])
+        score = record.get(f"{self._split}_{self._task.score}")
+        if score is None:
+            return
         self.points.append(
             {
                 "epoch": record["epoch"],
                 "gradient_evaluations": record["step"] * self._gradients_per_step,
-                "seconds": seconds_before + record["seconds"],
+                "seconds": sum(self.seconds),
                 self._task.score: score,
             }
         )
@@ -90,15 +93,13 @@ def train(compiled: Compiled, seed: int, reporter: Reporter, text: str) -> Row:
         score = curve.points[-1][compiled.task.score]
     except NonFiniteLossError as error:
         failure, score = str(error), compiled.worst
-    times = [point["seconds"] for point in curve.points]
-    epoch_seconds = [b - a for a, b in itertools.pairwise([0.0, *times])]
     return {
         "method": method.name,
         "seed": seed,
         compiled.task.score: score,
         "ms_per_step": (
-            1000 * statistics.median(epoch_seconds) / program.steps_before(1)
-            if epoch_seconds
+            1000 * statistics.median(curve.seconds) / program.steps_before(1)
+            if curve.seconds
             else None
         ),
         "gradient_evaluations": (

@@ -1,6 +1,7 @@
 """Plans a study, and trains the runs that are missing in its folder."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -12,9 +13,10 @@ from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.methods import Method
 from benchmarks.studies.plan import LEAST_SEEDS, choose, in_words, measure
 from benchmarks.studies.runs import Compiled, train
+from benchmarks.studies.sharing import append, share
 from train.data import Dataset
 from train.program import compile_program
-from train.progress import Progress, shown_on
+from train.progress import Progress, Reporter, shown_on
 from train.tasks import TASKS
 from train.tasks.base import check_images
 
@@ -61,7 +63,12 @@ class Plan:
 
 
 def run_study(
-    config: CompareConfig, methods: Sequence[Method], report: Report, start: float
+    config: CompareConfig,
+    methods: Sequence[Method],
+    report: Report,
+    start: float,
+    *,
+    follows: bool = False,
 ) -> Plan:
     """Trains the runs that have no row yet, and says before what they will take.
 
@@ -70,6 +77,7 @@ def run_study(
       methods: the methods, with the learning rates that they are to have.
       report: the folder of the rows, and the console.
       start: when the command began, as told by `time.monotonic`.
+      follows: whether another process has made the plan.
 
     Returns:
       What was trained.
@@ -82,60 +90,127 @@ def run_study(
     if old is not None and old.is_for(config) and not _missing(methods, report, old):
         return old
 
-    # Load the data, and choose the epochs.
     progress = shown_on(report.console)
-    dataset = config.data.load(config.task, progress)
-    examples = [len(dataset.split(name)) for name in ("train", config.eval_split)]
-    opened = OpenedStudy(config=config, methods=methods, dataset=dataset)
+    opened = OpenedStudy(
+        config=config,
+        methods=methods,
+        dataset=config.data.load(config.task, progress),
+    )
+    if follows and old is not None:
+        with report.folder.shared():
+            _train_missing(opened, old, report, Reporter("", 0), {}, math.inf)
+        return old
+
+    plan, seconds = _make_plan(opened, old, report, start, progress)
+    missing = _missing(methods, report, plan)
+    steps = sum(opened.compiled(method, plan.epochs).num_steps for _, method in missing)
+    total = sum(seconds[method.name] for _, method in missing)
+    report.console.print(
+        f"{len(methods)} methods, {plan.seeds} seeds, epochs: {plan.epochs}; "
+        f"{len(missing)} runs to train, {steps:,} steps, about {in_words(total)}"
+        f"{' by one process' if config.runners > 1 else ''}"
+    )
+    report.folder.start()
+    report.folder.append(_PLANS, dataclasses.asdict(plan))
     end = start + config.budget - _RESERVE if config.budget else math.inf
+    with progress("training", steps) as reporter, report.folder.shared():
+        _train_missing(opened, plan, report, reporter, seconds, end)
+    return plan
+
+
+def _make_plan(
+    opened: "OpenedStudy",
+    old: Plan | None,
+    report: Report,
+    start: float,
+    progress: Progress,
+) -> tuple[Plan, dict[str, float]]:
+    """Chooses epochs and seeds, and compiles the methods of the runs that are missing.
+
+    Returns:
+      The plan, and the seconds that a run of each method takes, by name.
+    """
+    config, methods, dataset = opened.config, opened.methods, opened.dataset
+    split = config.data.eval_split
+    train, evaluated = (len(dataset.split(name)) for name in ("train", split))
     if old is not None:
         epochs = old.epochs
     else:
-        epochs = config.epochs or config.study_task.epochs
+        epochs = config.usual_epochs
         if config.budget:
             epochs = _fitting_epochs(opened, epochs, start, progress)
-
-    # Compile the methods, and choose the seeds.
     plan = Plan(
         epochs=epochs,
         batch_size=opened.batch_size,
         seeds=config.seeds or (_MOST_SEEDS if config.budget else _SEEDS),
         most_seeds=config.seeds,
         budget=config.budget,
-        train_examples=examples[0],
-        eval_examples=examples[1],
+        train_examples=train,
+        eval_examples=evaluated,
         image_size=dataset.split("train").reader.size,
     )
     missing = _missing(methods, report, plan)
-    compiled, seconds = opened.compile_all(missing, epochs, progress)
+    seconds = opened.time_all(missing, epochs, progress)
     if config.budget:
-        left = end - time.monotonic()
-        plan = dataclasses.replace(
-            plan, seeds=_fitting_seeds(missing, seconds, left, most=plan.seeds)
-        )
-        missing = _missing(methods, report, plan)
+        left = start + config.budget - _RESERVE - time.monotonic()
+        seeds = _fitting_seeds(missing, seconds, left, most=plan.seeds)
+        plan = dataclasses.replace(plan, seeds=seeds)
+    return plan, seconds
 
-    # Train.
-    steps = sum(compiled[method.name].num_steps for _, method in missing)
-    total = sum(seconds[method.name] for _, method in missing)
-    report.console.print(
-        f"{len(methods)} methods, {plan.seeds} seeds, epochs: {epochs}; "
-        f"{len(missing)} runs to train, {steps:,} steps, about {in_words(total)}"
-    )
-    report.folder.start()
-    report.folder.append(_PLANS, dataclasses.asdict(plan))
-    with progress("training", steps) as reporter:
-        for seed, runs in itertools.groupby(missing, key=lambda pair: pair[0]):
-            methods = [method for _, method in runs]
-            needed = sum(seconds[method.name] for method in methods)
-            if seed >= LEAST_SEEDS and time.monotonic() + needed > end:
-                report.console.print(f"the budget ends after {seed} seeds")
-                break
-            for method in methods:
-                text = f"seed {seed + 1}/{plan.seeds}, {method.name}"
-                row = train(compiled[method.name], seed, reporter, text)
-                report.folder.append(ROWS, row)
-    return plan
+
+def _train_missing(
+    opened: "OpenedStudy",
+    plan: Plan,
+    report: Report,
+    reporter: Reporter,
+    seconds: Mapping[str, float],
+    end: float,
+) -> None:
+    """Trains the runs that have no row yet, together with other processes.
+
+    Args:
+      opened: compiles the methods.
+      plan: what to train.
+      report: the folder of the rows, and the console.
+      reporter: shows the progress of all processes.
+      seconds: how long a run of each method takes, if there is a budget.
+      end: when no other seed is begun, as told by `time.monotonic`.
+    """
+    missing = _missing(opened.methods, report, plan)
+    counted: set[str] = set()
+
+    def train_one(name: str, method: Method, seed: int) -> None:
+        counted.add(name)
+        text = f"seed {seed + 1}/{plan.seeds}, {method.name}"
+        row = train(opened.compiled(method, plan.epochs), seed, reporter, text)
+        append(report.folder, ROWS, row)
+
+    work = {
+        f"{method.name}, seed {seed}": functools.partial(
+            train_one, f"{method.name}, seed {seed}", method, seed
+        )
+        for seed, method in missing
+    }
+    methods = {f"{method.name}, seed {seed}": method for seed, method in missing}
+
+    def done() -> set[str]:
+        rows = report.folder.read(ROWS)
+        names = {f"{row['method']}, seed {row['seed']}" for row in rows}
+        for name in (names & work.keys()) - counted:  # by another process
+            counted.add(name)
+            reporter.advance(opened.num_steps(methods[name], plan.epochs))
+        return names
+
+    if end == math.inf:
+        share(report.folder, work, done)
+        return
+    for seed, runs in itertools.groupby(missing, key=lambda pair: pair[0]):
+        names = [f"{method.name}, seed {seed}" for _, method in runs]
+        needed = sum(seconds[methods[name].name] for name in names)
+        if seed >= LEAST_SEEDS and time.monotonic() + needed > end:
+            report.console.print(f"the budget ends after {seed} seeds")
+            break
+        share(report.folder, {name: work[name] for name in names}, done)
 
 
 def _plan_from(record: dict[str, Any]) -> Plan:
@@ -158,54 +233,74 @@ def _missing(
     ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedStudy:
-    """The data of a study, for which its methods are compiled."""
+    """The data of a study, for which its methods are compiled.
 
-    config: CompareConfig
-    methods: Sequence[Method]
-    dataset: Dataset
+    Attributes:
+      config: the settings of the study.
+      methods: the methods.
+      dataset: the data.
+    """
+
+    def __init__(
+        self, *, config: CompareConfig, methods: Sequence[Method], dataset: Dataset
+    ):
+        self.config, self.methods, self.dataset = config, methods, dataset
+        self._compiled: dict[tuple[str, int], Compiled] = {}
 
     @property
     def batch_size(self) -> int:
         """That of the task, or less if an epoch would have few steps."""
+        usual = self.config.usual_batch_size
         if self.config.batch_size is not None:
-            return self.config.batch_size
-        usual: int = self.config.study_task.config_type().batch_size
+            return usual
         few = len(self.dataset.split("train")) // _LEAST_STEPS
         return min(usual, max(2, few))
+
+    def num_steps(self, method: Method, epochs: int) -> int:
+        """Returns the number of steps of a run, if its method has been compiled."""
+        found = self._compiled.get((method.name, epochs))
+        return found.num_steps if found else 0
+
+    def compiled(self, method: Method, epochs: int) -> Compiled:
+        """Returns the compiled runs of a method; compiles them at the first call."""
+        key = (method.name, epochs)
+        if key not in self._compiled:
+            self._compiled[key] = self.compile(method, epochs)
+        return self._compiled[key]
 
     def compile(self, method: Method, epochs: int) -> Compiled:
         """Compiles the runs of a method."""
         run_config = self.config.run_config(method, epochs, self.batch_size)
         task = TASKS[self.config.task].create(run_config, self.dataset)
         check_images(task, self.dataset)
+        split = self.config.data.eval_split
         return Compiled(
             method=method,
             program=compile_program(task, run_config, self.dataset),
             task=self.config.study_task,
-            worst=self.config.study_task.worst(self.dataset, self.config.eval_split),
+            worst=self.config.study_task.worst(self.dataset, split),
         )
 
-    def compile_all(
+    def time_all(
         self, missing: Sequence[tuple[int, Method]], epochs: int, progress: Progress
-    ) -> tuple[dict[str, Compiled], dict[str, float]]:
+    ) -> dict[str, float]:
         """Compiles and times the methods of missing runs.
 
         Returns:
-          The compiled methods, and the seconds that a run of each takes, by name.
+          The seconds that a run of each takes, by name.
         """
         names = {method.name for _, method in missing}
         methods = [method for method in self.methods if method.name in names]
-        compiled, seconds = {}, {}
+        seconds = {}
         with progress("compiling", len(methods)) as reporter:
             for method in methods:
                 reporter.describe(f"compiling and timing {method.name}")
-                compiled[method.name] = self.compile(method, epochs)
-                cost = measure(compiled[method.name].program, method.epochs_factor)
+                compiled = self.compiled(method, epochs)
+                cost = measure(compiled.program, method.epochs_factor)
                 seconds[method.name] = _MARGIN * cost.seconds(epochs)
                 reporter.advance()
-        return compiled, seconds
+        return seconds
 
 
 def _fitting_epochs(

@@ -77,6 +77,9 @@ _RANDOM_GRADIENT = OptimizerConfig(
 _STEP_TUNED = OptimizerConfig(
     learning_rate=3.0, momentum=0.0, weight_decay=5e-4, schedule="robbins_monro"
 )
+_RANDOM = (
+    *("scale_by_random", "scale_by_mean", "scale_each_by_random", "scale_by_triangle"),
+)
 
 STUDY_TASKS = {
     "classification": StudyTask(
@@ -88,8 +91,7 @@ STUDY_TASKS = {
         epochs=15,
         base=_SGD,
         own_settings={
-            "scale_by_random": (_RANDOM_GRADIENT, "sgd, momentum 0.5"),
-            "scale_by_mean": (_RANDOM_GRADIENT, "sgd, momentum 0.5"),
+            **dict.fromkeys(_RANDOM, (_RANDOM_GRADIENT, "sgd, momentum 0.5")),
             "barzilai_borwein_step": (_STEP_TUNED, "sgd"),
         },
     ),

@@ -6,7 +6,7 @@ examples.
 """
 
 import dataclasses
-import itertools
+import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from scipy.stats import qmc
 
 from benchmarks.report import Report, Row
 from benchmarks.studies.config import CompareConfig
-from benchmarks.studies.methods import Method
+from benchmarks.studies.methods import USUAL_RATES, Method
 from benchmarks.studies.runs import train
+from benchmarks.studies.sharing import append, share
 from benchmarks.studies.study import OpenedStudy
 from train.progress import Reporter, shown_on
 
@@ -54,8 +55,7 @@ def tuned_methods(config: CompareConfig, report: Report) -> tuple[Method, ...]:
     """
     if config.trials is None:
         return config.methods
-    rates = rates_to_try(config.methods[0].optimizer.learning_rate, config.trials)
-    _run_missing(config, rates, report)
+    _run_missing(config, report)
     best = best_rates(report.folder.read(TRIALS), config)
     return tuple(with_rate(method, best[method.name]) for method in config.methods)
 
@@ -66,38 +66,63 @@ def with_rate(method: Method, rate: float) -> Method:
     return dataclasses.replace(method, optimizer=optimizer)
 
 
-def _run_missing(config: CompareConfig, rates: Sequence[float], report: Report) -> None:
-    """Trains the trials that have no row yet."""
+def _rates_of(config: CompareConfig, method: Method) -> list[float]:
+    """Returns the rates that a method tries, around the usual one of its optimizer."""
+    assert config.trials is not None
+    optimizer = method.optimizer.optimizer
+    is_base = optimizer == config.base.optimizer
+    usual = config.base.learning_rate if is_base else USUAL_RATES[optimizer]
+    return rates_to_try(usual, config.trials)
+
+
+def _run_missing(config: CompareConfig, report: Report) -> None:
+    """Trains the trials that have no row yet, together with other processes."""
     folder = report.folder
-    done = {
-        (row["method"], row["learning_rate"], row["seed"])
-        for row in folder.read(TRIALS)
-    }
-    missing = [
-        (with_rate(method, rate), seed)
-        for rate in rates
+    trials = {
+        f"{method.name}, learning rate {rate:g}": with_rate(method, rate)
         for method in config.methods
-        for seed in _SEEDS
-        if (method.name, rate, seed) not in done
-    ]
-    if not missing:
+        for rate in _rates_of(config, method)
+    }
+
+    def seeds_of(name: str) -> set[int]:
+        method = trials[name]
+        rate = method.optimizer.learning_rate
+        return {
+            row["seed"]
+            for row in folder.read(TRIALS)
+            if (row["method"], row["learning_rate"]) == (method.name, rate)
+        }
+
+    def done() -> set[str]:
+        return {name for name in trials if seeds_of(name).issuperset(_SEEDS)}
+
+    finished = done()
+    if len(finished) == len(trials):
         return
     progress = shown_on(report.console)
-    config = dataclasses.replace(config, trials=None, eval_split="validation")
-    dataset = config.data.load(config.task, progress)
-    opened = OpenedStudy(config=config, methods=config.methods, dataset=dataset)
-    epochs = config.epochs or config.study_task.epochs
-    folder.start()
-    with progress("choosing learning rates", len(missing)) as reporter:
-        for method, trials in itertools.groupby(missing, key=lambda pair: pair[0]):
+    validated = dataclasses.replace(config, trials=None, eval_split="validation")
+    opened = OpenedStudy(
+        config=validated,
+        methods=config.methods,
+        dataset=validated.data.load(config.task, progress),
+    )
+
+    def run(name: str, reporter: Reporter) -> None:
+        method = trials[name]
+        reporter.describe(name)
+        compiled = opened.compile(method, config.usual_epochs)
+        for seed in sorted(set(_SEEDS) - seeds_of(name)):
+            row = train(compiled, seed, Reporter("", 0), "")
+            del row["curve"]
             rate = method.optimizer.learning_rate
-            reporter.describe(f"{method.name}, learning rate {rate:g}")
-            compiled = opened.compile(method, epochs)
-            for _, seed in trials:
-                row = train(compiled, seed, Reporter("", 0), "")
-                del row["curve"]
-                folder.append(TRIALS, {"learning_rate": rate} | row)
-                reporter.advance()
+            append(folder, TRIALS, {"learning_rate": rate} | row)
+        reporter.advance()
+
+    folder.start()
+    left = len(trials) - len(finished)
+    with progress("choosing learning rates", left) as reporter, folder.shared():
+        work = {name: functools.partial(run, name, reporter) for name in trials}
+        share(folder, work, done)
 
 
 def best_rates(trials: Sequence[Row], config: CompareConfig) -> dict[str, float]:

@@ -34,14 +34,22 @@ class TechniqueOptions:
     """scale_by_random: probability that a step is scaled."""
     conv_only: bool = False
     """centralize: act only on gradients of 2-D and higher convolutions."""
+    min_scale: Positive[float] = 0.5
+    """barzilai_borwein_step: lower limit of the step size."""
+    max_scale: Positive[float] = 2.0
+    """barzilai_borwein_step: upper limit of the step size; both limits at 1 fix it."""
     rho: Positive[float] = 0.05
     """sam: distance at which the second gradient is taken."""
+    norms_only: bool = False
+    """sam: move only scales and biases to where the second gradient is taken."""
 
     def __post_init__(self) -> None:
-        if self.minval > self.maxval:
-            raise UsageError(
-                f"minval {self.minval} is above maxval {self.maxval}: swap them"
-            )
+        for names in (("minval", "maxval"), ("min_scale", "max_scale")):
+            low, high = (getattr(self, name) for name in names)
+            if low > high:
+                raise UsageError(
+                    f"{names[0]} {low} is above {names[1]} {high}: swap them"
+                )
 
 
 Build = Callable[
@@ -84,10 +92,12 @@ class Technique:
     aliases: tuple[str, ...] = ()
 
 
-def _sam(rho: float) -> optax.GradientTransformationExtraArgs:
+def _sam(rho: float, norms_only: bool) -> optax.GradientTransformationExtraArgs:
     """Returns the gradient at w + rho g / |g|, as SAM takes it."""
     # optax.contrib.normalize would make a zero gradient NaN.
     ascent = optax.chain(optax.normalize_by_update_norm(eps=1e-12), optax.sgd(rho))
+    if norms_only:
+        ascent = optax.chain(optax.masked(optax.set_to_zero(), _is_kernel), ascent)
     sam = optax.contrib.sam(optax.identity(), ascent, opaque_mode=True)
 
     def update_fn(
@@ -102,6 +112,30 @@ def _sam(rho: float) -> optax.GradientTransformationExtraArgs:
         return sam.update(updates, state, params, grad_fn=grad_fn)
 
     return optax.GradientTransformationExtraArgs(sam.init, update_fn)
+
+
+def _is_kernel(params: optax.Params) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _scale_each_by_random(key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each array of the gradient by a factor of its own in [0, 1)."""
+
+    def update_fn(
+        updates: optax.Updates,
+        key: jax.Array,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, jax.Array]:
+        del params, extra_args
+        key, *keys = jax.random.split(key, 1 + len(jax.tree.leaves(updates)))
+        keys = jax.tree.unflatten(jax.tree.structure(updates), keys)
+        scaled = jax.tree.map(
+            lambda g, k: g * jax.random.uniform(k, dtype=g.dtype), updates, keys
+        )
+        return scaled, key
+
+    return optax.GradientTransformationExtraArgs(lambda params: key, update_fn)
 
 
 _ROWS = (
@@ -140,6 +174,7 @@ _ROWS = (
         paper="Castera et al., 2022",
         url="https://arxiv.org/abs/2103.03570",
         gradients_per_step=2,
+        options=("min_scale", "max_scale"),
         logged=(
             "bb_count",
             "bb_step_size",
@@ -151,7 +186,7 @@ _ROWS = (
             "bb_max_scale_count",
         ),
         build=lambda options, learning_rate, key: optax_tricks.barzilai_borwein_step(
-            learning_rate
+            learning_rate, min_scale=options.min_scale, max_scale=options.max_scale
         ),
         regularizes_both=True,
         needs_one_learning_rate=True,
@@ -181,8 +216,8 @@ _ROWS = (
         paper="Foret et al., 2020",
         url="https://arxiv.org/abs/2010.01412",
         gradients_per_step=2,
-        options=("rho",),
-        build=lambda options, learning_rate, key: _sam(options.rho),
+        options=("rho", "norms_only"),
+        build=lambda options, learning_rate, key: _sam(options.rho, options.norms_only),
     ),
     # What is left of a technique without its idea, to compare with.
     Technique(
@@ -194,6 +229,26 @@ _ROWS = (
         gradients_per_step=1,
         build=lambda options, learning_rate, key: optax.with_extra_args_support(
             optax.scale(0.5)
+        ),
+    ),
+    Technique(
+        name="scale_each_by_random",
+        title="Random Gradient for each array",
+        idea="a random factor in [0, 1) of its own for each array",
+        paper="Wei, 2018",
+        url="https://arxiv.org/abs/1808.04293",
+        gradients_per_step=1,
+        build=lambda options, learning_rate, key: _scale_each_by_random(key),
+    ),
+    Technique(
+        name="scale_by_triangle",
+        title="Random Gradient as a wave",
+        idea="a factor that rises from 0 to 1 in 10 steps and falls again",
+        paper="Wei, 2018",
+        url="https://arxiv.org/abs/1808.04293",
+        gradients_per_step=1,
+        build=lambda options, learning_rate, key: optax.with_extra_args_support(
+            optax.scale_by_schedule(optax_tricks.triangular_schedule(0.0, 1.0, 10))
         ),
     ),
     Technique(

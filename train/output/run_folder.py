@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,28 @@ class RunFolder:
       writes: whether this process writes.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, writes: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        *,
+        writes: bool = True,
+        lock: filelock.BaseFileLock | None = None,
+    ):
         self.path = path
         self.config = config
         self.writes = writes
+        self._lock = lock
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Lets other processes with the same settings use the folder within a block."""
+        assert self._lock is not None
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire(timeout=-1)
 
     def start(self) -> None:
         """Writes the settings and the environment, which marks the folder as used."""
@@ -158,6 +176,7 @@ def open_run_folder(
     *,
     resume: bool,
     writes: bool = True,
+    on_wait: Callable[[], None] | None = None,
 ) -> Iterator[RunFolder]:
     """Makes or reopens a run folder before any work is done, and locks it.
 
@@ -167,6 +186,8 @@ def open_run_folder(
       config: all settings; `RunFolder.start` writes them to `config.json`.
       resume: whether a run with the same settings may be continued.
       writes: whether this process writes, and locks the folder.
+      on_wait: called before this process waits for another one that has the folder. If
+        unset, it does not wait.
 
     Yields:
       The folder, which stays locked until the context ends.
@@ -176,29 +197,35 @@ def open_run_folder(
         holds other files or other settings, or holds this run and `resume` is False.
     """
     config = json.loads(json.dumps(config, default=str))
-    path = path or _new_path(name)
+    path = path or new_path(name)
     if not writes:
         if (path / CONFIG).exists():
             _check_contents(path, config, resume)
         yield RunFolder(path, config, writes=False)
         return
-    lock = filelock.FileLock(path / ".lock", timeout=0)
+    lock = filelock.FileLock(path / ".lock")
     new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunFolderError(
-            f"run folder {path} is in use by another process: wait for it, or choose "
-            "another run folder"
-        ) from None
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if on_wait is None:
+                raise RunFolderError(
+                    f"run folder {path} is in use by another process: wait for it, or "
+                    "choose another run folder"
+                ) from None
+            if (path / CONFIG).exists():
+                _check_contents(path, config, resume)
+            on_wait()
+            lock.acquire(timeout=-1)
     except OSError as error:
         raise RunFolderError(
             f"cannot write to run folder {path} ({error}): choose another run folder"
         ) from error
     try:
         _check_contents(path, config, resume)
-        yield RunFolder(path, config)
+        yield RunFolder(path, config, lock=lock)
     finally:
         lock.release()
         if new and not (path / CONFIG).exists():  # the run has not started
@@ -207,7 +234,8 @@ def open_run_folder(
                 path.rmdir()
 
 
-def _new_path(name: str) -> Path:
+def new_path(name: str) -> Path:
+    """Returns where a new run folder goes."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     return Path("runs") / f"{name.replace('/', '-')}-{now}"
 

@@ -132,7 +132,18 @@ def test_a_folder_that_cannot_be_written_fails_before_training(
         ({"task": "detection"}, "unknown task 'detection'; known: classification, "),
         ({"techniques": ("sam", "sam")}, "technique 'sam' is named twice"),
         ({"base_optimizer": "adm"}, "unknown optimizer 'adm'; did you mean adam"),
-        ({"base_optimizer": "adam"}, "base_optimizer adam needs a learning_rate"),
+        ({"optimizers": ("adm",)}, "unknown optimizer 'adm'; did you mean adam"),
+        ({"optimizers": ("sgd",)}, "optimizer 'sgd' is named twice"),
+        (
+            {"optimizers": ("adam",), "learning_rate": 0.1},
+            "optimizers and learning_rate exclude each other",
+        ),
+        ({"momentum": 1.0}, "momentum must be less than 1, got 1.0"),
+        ({"recipe": "pix2pix"}, "unknown recipe 'pix2pix'; did you mean pix2pix_maps"),
+        ({"recipe": "pix2pix_maps"}, "recipe pix2pix_maps is not for classification"),
+        ({"task": "translation", "weights": "w.safetensors"}, "weights are for class"),
+        ({"budget": 60.0, "runners": 2}, "a budget is for one process"),
+        ({"ray": "auto"}, "ray needs the number of runners"),
     ],
 )
 def test_wrong_settings_are_refused_from_python_too(setting, message):

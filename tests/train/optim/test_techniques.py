@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[3]
 ROWS = pytest.mark.parametrize("row", TECHNIQUES.values(), ids=TECHNIQUES)
 
 # What is there to compare with.
-OF_OPTAX = {"sam", "scale_by_mean", "optax_centralize", "normalize"}
+OF_OPTAX = {
+    *("sam", "scale_by_mean", "scale_each_by_random", "scale_by_triangle"),
+    *("optax_centralize", "normalize"),
+}
 # Exports that are no technique: functions, and the types of the states.
 FUNCTIONS = {"global_norms", "logged_scalars", "triangular_schedule"}
 NO_TECHNIQUES = {
