@@ -15,13 +15,17 @@ from benchmarks.studies import page
 from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.methods import Method
 from benchmarks.studies.results import (
+    TARGET_HEADER,
     VERDICT_HEADER,
     about_differences,
+    about_target,
     cells_of,
     complete_seeds,
     curves_of,
     header,
     summarize,
+    target_cells,
+    to_target,
     verdict_cells,
     verdict_lines,
 )
@@ -80,6 +84,8 @@ def _write_results(
     lines = [line for summary in summaries for line in verdict_lines(summary)]
     verdicts = [row for summary in summaries for row in verdict_cells(summary)]
     about = about_differences(len(seeds), task)
+    target, needed = to_target(rows, methods, task)
+    times, about_times = list(map(target_cells, needed)), about_target(target, task)
 
     report.save_rows([flat(row) for row in rows])
     plots.save_learning_curves(
@@ -92,7 +98,7 @@ def _write_results(
     report.folder.write_text(
         "table.md",
         f"{markdown(header(task), cells)}\n{markdown(VERDICT_HEADER, verdicts)}\n"
-        f"{about}\n",
+        f"{about}\n\n{markdown(TARGET_HEADER, times)}\n{about_times}\n",
     )
     report.folder.write_text(
         "report.html",
@@ -104,6 +110,8 @@ def _write_results(
             f"{task.title} on {plan.eval_examples:,} {config.data.eval_split} examples",
             settings=_settings(config, methods[0], plan, len(seeds)),
             about=about,
+            times=times,
+            about_times=about_times,
             figure=(report.folder.path / _CURVES).read_bytes(),
             environment=rows[-1]["environment"],
             command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),

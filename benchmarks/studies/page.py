@@ -8,6 +8,7 @@ from string import Template
 
 from benchmarks.report import Cells
 from benchmarks.studies.results import (
+    TARGET_HEADER,
     VERDICT_HEADER,
     Comparison,
     Summary,
@@ -36,6 +37,8 @@ def render(
     task: StudyTask,
     settings: Mapping[str, str],
     about: str,
+    times: Sequence[Cells],
+    about_times: str,
     figure: bytes,
     environment: Mapping[str, str],
     command: str,
@@ -49,6 +52,8 @@ def render(
       task: the task.
       settings: the settings of the study, in words.
       about: what the differences are.
+      times: rows of the table of what the target takes.
+      about_times: what the target is.
       figure: the learning curves, a PNG file.
       environment: versions and hardware.
       command: the command that made the page.
@@ -65,6 +70,8 @@ def render(
         figure=base64.b64encode(figure).decode(),
         comparisons=_table(VERDICT_HEADER[:-1], numbers),
         legend=escape(_LEGEND),
+        times=_table(TARGET_HEADER, times),
+        about_times=escape(about_times),
         settings=_list(settings),
         optimizers=_table(_OPTIMIZER_HEADER, list(map(_optimizer_cells, summaries))),
         command=escape(command),

@@ -12,6 +12,9 @@ from benchmarks.studies.methods import Method, compared
 from benchmarks.studies.statistics import Effect, effects_of
 from benchmarks.studies.tasks import StudyTask
 
+# At equal gradients, a technique is compared with what its cost could buy instead.
+_WORTH = {"helps": "worth its cost", "hurts": "not worth its cost"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
@@ -32,7 +35,10 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """The result in words."""
-        return self.effect.verdict(" points")
+        verdict = self.effect.verdict(" points")
+        if self.equal == "gradients":
+            return _WORTH.get(verdict, verdict)
+        return verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +141,60 @@ def curves_of(rows: Sequence[Row], task: StudyTask) -> dict[str, list[Any]]:
     return curves
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ToTarget:
+    """What the runs of a method need to reach the target of a study.
+
+    The target is the worst final score of the first baseline, so all runs of that reach
+    it. It is looked for at each point of the learning curves. A run that does not reach
+    it counts as infinity.
+
+    Attributes:
+      method: the method.
+      reached: number of runs that reach the target.
+      runs: number of runs.
+      gradients: median number of gradient evaluations.
+      seconds: median training time.
+    """
+
+    method: Method
+    reached: int
+    runs: int
+    gradients: float
+    seconds: float
+
+
+def to_target(
+    rows: Sequence[Row], methods: Sequence[Method], task: StudyTask
+) -> tuple[float, list[ToTarget]]:
+    """Returns the target of a study, and what each method needs to reach it."""
+    seeds = complete_seeds(rows, methods)
+    rows = [row for row in rows if row["seed"] in seeds]
+    finals = [row[task.score] for row in rows if row["method"] == methods[0].name]
+    target = max(finals) if task.lower_is_better else min(finals)
+    never = {"gradient_evaluations": math.inf, "seconds": math.inf}
+    found = []
+    for method in methods:
+        first = [
+            next(
+                (p for p in row["curve"] if task.better(p[task.score], target) >= 0),
+                never,
+            )
+            for row in rows
+            if row["method"] == method.name
+        ]
+        found.append(
+            ToTarget(
+                method=method,
+                reached=sum(point is not never for point in first),
+                runs=len(first),
+                gradients=statistics.median(p["gradient_evaluations"] for p in first),
+                seconds=statistics.median(point["seconds"] for point in first),
+            )
+        )
+    return target, found
+
+
 ######## As text ######################################################################
 
 
@@ -216,4 +276,33 @@ def about_differences(seeds: int, task: StudyTask) -> str:
         f"intervals (Student's t); above zero is {better}. Verdicts count all "
         "comparisons of the study (Holm's correction), so in 19 of 20 studies without "
         "any effect none is found. Runs that diverged count."
+    )
+
+
+TARGET_HEADER = ("method", "runs that reach it", "steps", "gradients", "seconds")
+
+
+def target_cells(found: ToTarget) -> tuple[str, ...]:
+    """Returns the row of a method in the table of what the target takes."""
+    steps = found.gradients / found.method.optimizer.gradients_per_step
+    return (
+        found.method.name,
+        f"{found.reached} of {found.runs}",
+        _count(steps),
+        _count(found.gradients),
+        _count(found.seconds, ",.1f"),
+    )
+
+
+def _count(value: float, spec: str = ",.0f") -> str:
+    return format(value, spec) if math.isfinite(value) else "never"
+
+
+def about_target(target: float, task: StudyTask) -> str:
+    """Returns what the target is, in words."""
+    side = "at most" if task.lower_is_better else "at least"
+    return (
+        f"The target is {task.title} of {side} {100 * target:.2f} %, which every run "
+        "of the first baseline has at its end. Medians over the seeds; a run that does "
+        "not reach the target counts as infinity."
     )

@@ -63,6 +63,8 @@ def rendered():
         task=DIGITS,
         settings={"dataset": "image_folder/a<b"},
         about="about",
+        times=[("sgd", "2 of 2", "10", "10", "< 1 s")],
+        about_times="the target",
         figure=b"\x89PNG",
         environment={"jax": "1.2"},
         command="python -m benchmarks --dataset '</code>'",

@@ -1,5 +1,7 @@
 """Rows, tables and verdicts, from runs that cost nothing."""
 
+import math
+
 import pytest
 
 from benchmarks.report import make_table
@@ -8,11 +10,14 @@ from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.methods import methods_of
 from benchmarks.studies.results import (
     about_differences,
+    about_target,
     cells_of,
     complete_seeds,
     curves_of,
     header,
     summarize,
+    target_cells,
+    to_target,
     verdict_cells,
     verdict_lines,
 )
@@ -175,3 +180,48 @@ def test_80_columns_hold_the_table():
     assert len(lines) == 2 + len(METHODS)
     for line, method in zip(lines[2:], METHODS, strict=True):
         assert line.startswith(method.name)
+
+
+def target_row(method, seed, scores, name="accuracy"):
+    curve = [
+        {"epoch": i, "gradient_evaluations": 10 * i, "seconds": 2.0 * i, name: score}
+        for i, score in enumerate(scores, start=1)
+    ]
+    last = scores[-1] if scores else 0.1
+    return {"method": method, "seed": seed, "curve": curve, name: last}
+
+
+def test_the_target_is_what_every_run_of_the_baseline_reaches():
+    rows = [
+        *(target_row("sgd", i, s) for i, s in enumerate([[0.5, 0.9], [0.8, 0.7]])),
+        target_row("centralize", 0, [0.7, 0.1]),  # it counts when it is reached
+        target_row("centralize", 1, [0.6, 0.69]),
+        target_row("centralize", 2, [0.9]),  # the baseline has no such seed
+    ]
+    target, (sgd, centralize) = to_target(rows, CENTRALIZE, DIGITS)
+    assert target == 0.7
+    assert (sgd.reached, sgd.runs, sgd.gradients, sgd.seconds) == (2, 2, 15, 3.0)
+    assert target_cells(sgd) == ("sgd", "2 of 2", "15", "15", "3.0")
+    assert (centralize.reached, centralize.gradients) == (1, math.inf)
+    assert target_cells(centralize)[1:] == ("1 of 2", "never", "never", "never")
+    assert "accuracy of at least 70.00 %" in about_target(target, DIGITS)
+
+
+def test_a_target_of_errors_is_reached_from_above_and_steps_take_two_gradients():
+    task = STUDY_TASKS["translation"]
+    methods = methods_of(task, ["sam"])
+    rows = [
+        target_row(m.name, i, [0.3, 0.2 - 0.01 * i], "l1")
+        for m in methods
+        for i in (0, 1)
+    ]
+    target, (_, _, sam) = to_target(rows, methods, task)
+    assert target == 0.2
+    assert target_cells(sam) == ("sam", "2 of 2", "10", "20", "4.0")
+
+
+def test_a_run_that_diverged_does_not_reach_the_target():
+    rows = [target_row(m.name, i, [0.5]) for m in CENTRALIZE for i in (0, 1)]
+    rows[-1] |= {"curve": [], "accuracy": 0.1}
+    _, (_, centralize) = to_target(rows, CENTRALIZE, DIGITS)
+    assert centralize.reached == 1
