@@ -13,11 +13,14 @@ from benchmarks.loop import loop
 from benchmarks.networks import networks
 from benchmarks.speed import speed
 from benchmarks.studies.compare import compare
+from benchmarks.studies.declared import studies
 from benchmarks.studies.pairs import pairs
 from benchmarks.transforms import transforms
 from train.command_line import choose_command, run_command
 
-_COMMANDS = (compare, pairs, speed, transforms, input, networks, loop, compile, gpu)
+_COMMANDS = (
+    *(compare, pairs, studies, speed, transforms, input, networks, loop, compile, gpu),
+)
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ class CompareConfig:
     """Settings of a paper for everything but the techniques, as `python -m train
     recipes` lists them; the flags that are given override them."""
     weights: AnyPath | None = None
-    """Pretrained weights that all runs start from, for classification."""
+    """Pretrained weights that all runs start from, for classification. The head is new,
+    and images are normalized as for ImageNet."""
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods, instead of their own rates."""
     momentum: Fraction[float] | None = None
@@ -224,7 +225,8 @@ class CompareConfig:
         if self.model is not None:
             changes[self.study_task.network] = self.model
         if self.weights is not None:
-            changes["weights"] = self.weights
+            changes |= {"weights": self.weights, "new_head": True}
+            changes["normalization"] = "imagenet"
         return dataclasses.replace(
             self._start,
             data=self.data,

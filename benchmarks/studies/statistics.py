@@ -35,7 +35,7 @@ class Effect:
       p_sign_flips: two-sided p-value of the permutation test, not adjusted.
       improved: share of the seeds that are better; ties count half.
       detectable: the true difference that the study finds with 80 % power, if the
-        standard deviation is right.
+        standard deviation is right; 0 if all differences are equal.
       comparisons: number of comparisons in the study.
     """
 
@@ -70,6 +70,8 @@ class Effect:
         text = "no difference found"
         if not self.interval.low <= 0 <= self.interval.high:
             text += f" (not clear enough among {self.comparisons} comparisons)"
+        if self.detectable == 0:
+            return f"{text}; all seeds differ by the same"
         return (
             f"{text}; a difference of {self.detectable:.2g}{unit} would have been seen "
             "with 80 % power"
@@ -110,12 +112,12 @@ def effects_of(comparisons: Sequence[Sequence[float]]) -> list[Effect]:
             p_sign_flips=p_flips,
             improved=float(np.mean(np.sign(differences)) + 1) / 2,
             detectable=detectable_difference(
-                float(std), len(differences), len(comparisons)
+                float(std) if varies else 0.0, len(differences), len(comparisons)
             ),
             comparisons=len(comparisons),
         )
-        for interval, std, p_value, p_flips, differences in zip(
-            intervals, stds, adjusted, flips, comparisons, strict=True
+        for interval, std, varies, p_value, p_flips, differences in zip(
+            intervals, stds, spread, adjusted, flips, comparisons, strict=True
         )
     ]
 

@@ -19,7 +19,7 @@ MISSPELT = [
     ),
     ("train", "--dataset digits", "name a command before --dataset: classification, "),
     ("train.data", "--name x", "name a command before --name: list, prepare, info"),
-    ("benchmarks", "--seeds 3", "name a command before --seeds: compare, speed, tra"),
+    ("benchmarks", "--seeds 3", "name a command before --seeds: compare, pairs, stu"),
     ("train", "classification --epoch 3", "flag --epoch; did you mean --epochs"),
     ("train", "classification --tecniques=sam", "did you mean --techniques?"),
     ("train", "classification --tricks sam", "unknown flag --tricks; `python -m tra"),
@@ -60,8 +60,8 @@ def test_what_is_misspelt_is_refused(monkeypatch, capsys, module, arguments, mes
         (
             "benchmarks",
             (
-                *("compare", "speed", "transforms", "input", "networks", "loop"),
-                *("compile", "gpu"),
+                *("compare", "pairs", "studies", "speed", "transforms", "input"),
+                *("networks", "loop", "compile", "gpu"),
             ),
         ),
     ],

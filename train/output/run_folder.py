@@ -149,14 +149,20 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Returns the commit, ending in "-dirty" if files differ from it."""
-    command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
-    here = Path(__file__).parent
+    """Returns the commit, ending in "-dirty" if files but results differ from it."""
+    code = (":(top)", ":(top,exclude)benchmarks/results")
     try:
-        result = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        found = _git("describe", "--always", "--abbrev=12")
+        changed = _git("diff", "--quiet", "HEAD", "--", *code).returncode == 1
     except OSError:
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    commit = found.stdout.strip()
+    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    here = Path(__file__).parent
+    return subprocess.run(("git", *arguments), cwd=here, capture_output=True, text=True)
 
 
 def _processor() -> str:

@@ -264,6 +264,57 @@ def save_bars(
         figure.legend([line], labels, loc="outside upper right", frameon=False)
 
 
+def save_differences(
+    differences: Mapping[str, Sequence[tuple[str, tuple[float, float, float], bool]]],
+    path: Path,
+) -> None:
+    """Draws differences with their intervals, in a panel for each technique.
+
+    Args:
+      differences: for each technique, (name of the study, (mean, low, high), whether
+        it is clear) of each study that has it. What is clear has a filled dot.
+      path: the PNG file to write.
+    """
+    rows = max((len(found) for found in differences.values()), default=0)
+    with new_figure(path, (11, 1.6 + 0.36 * max(1, rows) * 2)) as figure:
+        panels = figure.subplots(2, math.ceil(len(differences) / 2), squeeze=False)
+        for axes, (name, found) in zip(panels.flat, differences.items(), strict=False):
+            for place, (_, (mean, low, high), clear) in enumerate(found):
+                color = "C0" if mean >= 0 else "C3"
+                axes.plot([low, high], [place] * 2, color=color)
+                fill = color if clear else "white"
+                axes.plot(mean, place, "o", color=color, markerfacecolor=fill)
+            axes.axvline(0, color="black", linewidth=0.8)
+            labels = [shortened(study, _LONGEST_NAME) for study, _, _ in found]
+            axes.set_yticks(range(len(found)), labels)
+            axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="points", title=name)
+            axes.grid(axis="x", alpha=0.3)
+
+
+def save_profiles(ratios: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draws performance profiles (Dolan and Moré, 2002).
+
+    Args:
+      ratios: for each method, its cost in each study divided by that of the best
+        method; infinity where it has none.
+      path: the PNG file to write.
+    """
+    finite = [r for found in ratios.values() for r in found if math.isfinite(r)]
+    end = 1.1 * max(finite, default=1.0)
+    with new_figure(path, (6, 3.6)) as figure:
+        axes = figure.subplots()
+        for name, found in ratios.items():
+            at = sorted(ratio for ratio in found if math.isfinite(ratio))
+            shares = [(i + 1) / len(found) for i in range(len(at))]
+            x, y = [1.0, *at, end], [0.0, *shares, shares[-1] if shares else 0.0]
+            axes.step(x, y, where="post", label=shortened(name, _LONGEST_NAME))
+        axes.set(xlim=(1, end), ylim=(-0.03, 1.03), ylabel="share of the studies")
+        axes.set_xlabel("gradients, divided by those of the best method")
+        axes.grid(alpha=0.3)
+        if ratios:
+            figure.legend(loc="outside right center", frameon=False)
+
+
 def _short_count(count: int) -> str:
     """Writes a count in at most four characters, up to ten million."""
     if count < 10_000:

@@ -26,7 +26,8 @@ def rg_voc_pspnet101() -> SegmentationConfig:
 
     Published: mIoU 68.014, against 65.473 without (--techniques ''). Epochs are not
     published; we chose 100. A step is scaled with probability 0.5, as in the code.
-    Not measured yet.
+
+    Not run: it needs PASCAL VOC 2012, ImageNet weights and a GPU for about a day.
     """
     return SegmentationConfig(
         data=DataConfig(
@@ -55,8 +56,9 @@ def rg_voc_duc_hdc101() -> SegmentationConfig:
 
     python -m train segmentation --recipe rg_voc_duc_hdc101 --momentum 0.95
 
-    The figure compares momentum 0, 0.9 and 0.95, with and without the technique. Not
-    measured yet.
+    The figure compares momentum 0, 0.9 and 0.95, with and without the technique.
+
+    Not run: it needs what rg_voc_pspnet101 needs.
     """
     return dataclasses.replace(rg_voc_pspnet101(), model="resnet101_duc_hdc")
 
@@ -68,7 +70,9 @@ def rg_cifar10_resnet34() -> ClassificationConfig:
 
     The paper also has --model mobilenet_v2_cifar and densenet121_cifar; the baseline
     has --techniques ''. A learning rate of 0.1 lies in the range where Figure 6 shows a
-    gain. Not measured yet.
+    gain.
+
+    Not run: it needs CIFAR-10 and a GPU for hours.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
@@ -91,7 +95,9 @@ def rg_maps_pix2pix() -> TranslationConfig:
 
     The baseline has --techniques ''; `python -m train compare` draws both runs side by
     side. The normalization is not published; we chose batch norm, with its running
-    averages at test time. Not measured yet.
+    averages at test time.
+
+    Not run: it needs the maps dataset at 256 pixels and a GPU for about a day.
     """
     return dataclasses.replace(
         pix2pix_maps(),
@@ -109,7 +115,9 @@ def pix2pix_maps() -> TranslationConfig:
     python -m train translation --recipe pix2pix_maps
 
     As in the paper, it normalizes over the one image and keeps dropout, at test time
-    too. Not measured yet.
+    too.
+
+    Not run: it needs the maps dataset at 256 pixels and a GPU for about a day.
     """
     return TranslationConfig(
         data=DataConfig(
@@ -146,7 +154,9 @@ def gc_cifar100_resnet50() -> ClassificationConfig:
 
     Published: 79.14 +- 0.33 %, against 78.23 +- 0.42 without (--techniques ''), over 10
     runs. Table 1 has --model resnet18_cifar, resnet101_cifar, resnext29_4x64d,
-    vgg11_bn_cifar and densenet121_cifar. Not measured yet.
+    vgg11_bn_cifar and densenet121_cifar.
+
+    Not run: it needs CIFAR-100 and a GPU for about two days.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar100", augment=_PAD_AND_FLIP),
@@ -167,7 +177,9 @@ def gc_mini_imagenet_resnet50() -> ClassificationConfig:
 
     python -m train classification --recipe gc_mini_imagenet_resnet50
 
-    Epochs and schedule are those for CIFAR-100. Not measured yet.
+    Epochs and schedule are those for CIFAR-100.
+
+    Not run: it needs Mini-ImageNet and a GPU for days.
     """
     recipe = gc_cifar100_resnet50()
     return dataclasses.replace(
@@ -189,7 +201,9 @@ def gc_aircraft_resnet50() -> ClassificationConfig:
 
     Published: 87.77 +- 0.27 %, against 86.62 +- 0.31 without (--techniques ''). The
     paper also has --dataset cars196, stanford_dogs and caltech_birds2011. Photos are
-    scaled to 512 and cropped to 448. Not measured yet.
+    scaled to 512 and cropped to 448.
+
+    Not run: it needs FGVC-Aircraft, ImageNet weights and a GPU for about a day.
     """
     return ClassificationConfig(
         data=DataConfig(
@@ -218,7 +232,9 @@ def step_tuned_cifar10_resnet20() -> ClassificationConfig:
 
     These are the paper's defaults, with its step decay, without momentum. It chose the
     learning rate from a grid, which we replace by 0.1. An epoch costs two gradients for
-    each batch: compare with SGD of twice the epochs too. Not measured yet.
+    each batch: compare with SGD of twice the epochs too.
+
+    Not run: it needs CIFAR-10 and a GPU for hours.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
@@ -240,7 +256,9 @@ def pugd_cifar10_upanet16() -> ClassificationConfig:
     python -m train classification --recipe pugd_cifar10_upanet16
 
     These are the settings of the authors' code; we chose 200 epochs. The paper also has
-    --model upanet64 and --dataset cifar100. Not measured yet.
+    --model upanet64 and --dataset cifar100.
+
+    Not run: it needs CIFAR-10 and a GPU for about a day.
     """
     return ClassificationConfig(
         data=DataConfig(dataset="cifar10", augment=_PAD_AND_FLIP),
@@ -257,7 +275,9 @@ def pugd_cifar10_vit() -> ClassificationConfig:
     python -m train classification --recipe pugd_cifar10_vit --weights FILE
 
     Published: 99.13 %; on CIFAR-100 93.95 %. Epochs and learning rate are not
-    published; we chose 10 and 0.01. Not measured yet.
+    published; we chose 10 and 0.01.
+
+    Not run: it needs CIFAR-10, ImageNet weights and a GPU for hours.
     """
     return ClassificationConfig(
         data=DataConfig(

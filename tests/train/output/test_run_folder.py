@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import subprocess
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from train.output import run_folder
 from train.output.run_folder import RunFolderError, open_run_folder
 
 CONFIG = {
@@ -185,3 +187,24 @@ def test_a_process_that_does_not_write_refuses_another_config_too(tmp_path):
         open_run_folder(tmp_path, "run", {"epochs": 4}, **settings),
     ):
         pass
+
+
+def test_a_commit_is_dirty_if_code_differs_and_not_if_results_do(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(("git", *who, *arguments), cwd=tmp_path, check=True)
+
+    results, code = tmp_path / "benchmarks/results/rows.csv", tmp_path / "train/step.py"
+    for path in (results, code):
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    monkeypatch.setattr(run_folder, "__file__", str(code))
+    clean = run_folder.environment()["commit"]
+    assert len(clean) == 12
+    results.write_text("new")
+    assert run_folder.environment()["commit"] == clean
+    code.write_text("new")
+    assert run_folder.environment()["commit"] == f"{clean}-dirty"

@@ -1,0 +1,261 @@
+"""The page of all studies that have been run, made from their rows."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import ROWS, Row, markdown
+from benchmarks.studies.catalogue import STUDIES, Study
+from benchmarks.studies.methods import OURS, Method
+from benchmarks.studies.papers import CLAIMS, Claim, Published
+from benchmarks.studies.results import (
+    Summary,
+    ToTarget,
+    complete_seeds,
+    difference,
+    summarize,
+    to_target,
+)
+from benchmarks.studies.tuning import TRIALS, best_rates, with_rate
+from train import plots
+from train.output.run_folder import RunFolder
+
+RESULTS = Path(__file__).parents[1] / "results" / "studies"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A study that has rows of two seeds at least.
+
+    Attributes:
+      study: the study.
+      methods: its methods, with the learning rates that its trials chose.
+      rows: its rows.
+      seeds: the seeds that all methods have.
+      plan: what was trained.
+    """
+
+    study: Study
+    methods: Sequence[Method]
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    plan: Mapping[str, Any]
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """The results of each method."""
+        return summarize(self.rows, self.methods, self.study.config().study_task)
+
+    @property
+    def targets(self) -> list[ToTarget]:
+        """What each method needs to reach the target."""
+        task = self.study.config().study_task
+        return to_target(self.rows, self.methods, task)[1]
+
+
+def read(study: Study) -> Finished | None:
+    """Reads the rows of a study; None if two seeds are not finished."""
+    folder = RunFolder(RESULTS / study.name, {}, writes=False)
+    rows, config = folder.read(ROWS), study.config()
+    if not rows:
+        return None
+    methods: Sequence[Method] = config.methods
+    if config.trials:
+        best = best_rates(folder.read(TRIALS), config)
+        methods = [with_rate(method, best[method.name]) for method in methods]
+    seeds = complete_seeds(rows, methods)
+    if len(seeds) < 2:
+        return None
+    return Finished(
+        study=study,
+        methods=methods,
+        rows=rows,
+        seeds=seeds,
+        plan=folder.read("plans.jsonl")[-1],
+    )
+
+
+def finished_studies() -> list[Finished]:
+    """Returns all studies that have results."""
+    found = map(read, STUDIES.values())
+    return [each for each in found if each is not None]
+
+
+def write_page(folder: Path = DOCS) -> None:
+    """Writes the page `studies.md` and its figures."""
+    studies = finished_studies()
+    (folder / "studies.md").write_text(page(studies))
+    plots.save_differences(
+        {
+            technique: [
+                (each.study.about, effect.interval, effect.helps or effect.hurts)
+                for each in studies
+                for summary in each.summaries
+                if summary.method.name == technique
+                for effect in [c.effect for c in summary.comparisons[:1]]
+            ]
+            for technique in OURS
+        },
+        folder / "studies.png",
+    )
+    plots.save_profiles(profiles(studies), folder / "profiles.png")
+
+
+def profiles(studies: Sequence[Finished]) -> dict[str, list[float]]:
+    """Returns how many times the gradients of the best method each one needs.
+
+    Only methods that all studies have are compared; the first baseline is "baseline".
+
+    Returns:
+      For each method, a ratio per study; infinity where it does not reach the target.
+    """
+    needed = []
+    for each in studies:
+        found = {target.method.name: target.gradients for target in each.targets}
+        found["baseline"] = found.pop(each.methods[0].name)
+        needed.append(found)
+    if not needed:
+        return {}
+    shared = [name for name in ("baseline", *OURS) if all(name in n for n in needed)]
+    best = [min(found[name] for name in shared) for found in needed]
+    return {
+        name: [found[name] / least for found, least in zip(needed, best, strict=True)]
+        for name in shared
+    }
+
+
+# --------------------------------- The page -------------------------------------------
+
+_TOP = """# What has been found so far
+
+```sh
+python -m benchmarks studies list
+python -m benchmarks studies run digits_nulls
+python -m benchmarks studies report
+```
+
+The studies on this page are declared in
+[catalogue.py](../benchmarks/studies/catalogue.py), and their rows are in
+[results/studies](../benchmarks/results/studies). The first command lists them, the
+second one runs one of them or adds seeds to it, and the third one makes this page from
+the rows. [compare.md](compare.md) explains the columns and the verdicts. Each study is
+a small network on few images: what helps here need not help elsewhere. The machines did
+other work too, so the milliseconds are rough.
+"""
+
+_FIGURE = """
+![differences of the four techniques from their baselines](studies.png)
+
+The difference of each technique from its baseline at equal epochs, in points with 95 %
+intervals; to the right is better. A filled dot marks a difference that helps after
+Holm's correction, or hurts.
+"""
+
+_PROFILES = """
+## Gradients to a target
+
+![performance profiles of the four techniques](profiles.png)
+
+The target of a study is the worst final score of its baseline. A line shows in which
+share of the studies a method reaches the target with at most so many times the
+gradients of the best method. A method that does not reach it in half of its runs never
+counts.
+"""
+
+_PAPERS = """
+## Beside the papers
+
+"Ours" are the differences of our studies of the same question, in points with 95 %
+intervals. They have other networks, images and lengths of training, so they neither
+confirm nor refute a number beside them.
+"""
+
+
+def page(studies: Sequence[Finished]) -> str:
+    """Returns the page in Markdown."""
+    names = {each.study.name: each for each in studies}
+    parts = [_TOP, _FIGURE]
+    parts += [_section(each) for each in studies]
+    parts += [_PROFILES, _PAPERS]
+    parts += [_claim(claim, names) for claim in CLAIMS]
+    return "".join(parts)
+
+
+def _section(each: Finished) -> str:
+    """Returns the section of a study."""
+    config = each.study.config()
+    chosen = "as in digits.md, not chosen for these images"
+    if config.trials:
+        chosen = f"the best of {config.trials} for each method, on validation examples"
+    about = f"{each.study.about[0].upper()}{each.study.about[1:]}"
+    header = (
+        *("method", "rate", f"{config.study_task.title} %", "against", "at equal"),
+        *("difference", "verdict"),
+    )
+    table = markdown(header, [row for s in each.summaries for row in _rows(s)])
+    return (
+        f"\n## {each.study.name}\n\n{about}. "
+        f"{each.plan['train_examples']:,} images to train and "
+        f"{each.plan['eval_examples']:,} to test, epochs: {each.plan['epochs']}, "
+        f"batches of {each.plan['batch_size']}, {len(each.seeds)} seeds. Learning "
+        f"rates: {chosen}. {_environment(each.rows)}\n\n{table}"
+    )
+
+
+def _rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Returns the rows of a method, one for each comparison."""
+    failed = f" ({summary.failures} diverged)" if summary.failures else ""
+    method = (
+        summary.method.name,
+        f"{summary.method.optimizer.learning_rate:g}",
+        f"{summary.mean:.2f} ± {summary.std:.2f}{failed}",
+    )
+    if not summary.comparisons:
+        return [(*method, "", "", "", "baseline")]
+    return [
+        (*method, each.against, each.equal, difference(each), each.verdict)
+        for each in summary.comparisons
+    ]
+
+
+def _environment(rows: Sequence[Row]) -> str:
+    where = rows[-1]["environment"]
+    commits = sorted({row["environment"]["commit"] for row in rows})
+    return f"{where['processor']}, jax {where['jax']}, commit {', '.join(commits)}."
+
+
+def _claim(claim: Claim, studies: Mapping[str, Finished]) -> str:
+    """Returns the part of the page about a table or figure of a paper."""
+    ours = [name for name in claim.studies if name in studies]
+    found = "; ".join(_ours(claim, studies[name]) for name in ours)
+    lines = f"\n### {claim.source}\n\n{claim.says[0].upper()}{claim.says[1:]}.\n"
+    if claim.rows:
+        rows = [_published(claim, row, studies) for row in claim.rows]
+        head = (claim.metric, "published without", "with", "ours, same settings")
+        lines += "\n" + markdown(head, rows)
+    else:
+        lines += f"\nWith the settings of the paper: not run, needs {claim.needs}.\n"
+    return lines + f"\nOurs: {found or 'no study has been run yet'}.\n"
+
+
+def _published(
+    claim: Claim, row: Published, studies: Mapping[str, Finished]
+) -> tuple[str, ...]:
+    ours = f"not run: needs {claim.needs}"
+    if row.study in studies:
+        ours = _ours(claim, studies[row.study])
+    return row.setting, row.without, row.technique, ours
+
+
+def _ours(claim: Claim, each: Finished) -> str:
+    """Returns the difference that a study found for the technique of a claim."""
+    for summary in each.summaries:
+        if summary.method.name == claim.technique and summary.comparisons:
+            first = summary.comparisons[0]
+            return (
+                f"{each.study.about}: {difference(first)} points against "
+                f"{first.against}, {len(each.seeds)} seeds"
+            )
+    return f"{each.study.about}: without this technique"

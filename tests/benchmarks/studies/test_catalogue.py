@@ -1,0 +1,170 @@
+"""The declared studies, the claims of the papers, and the page of what was found."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.studies import declared, evidence
+from benchmarks.studies.catalogue import STUDIES
+from benchmarks.studies.evidence import Finished, finished_studies, page, profiles
+from benchmarks.studies.papers import CLAIMS
+from train.errors import UsageError
+from train.tasks.recipes import RECIPES
+
+FINISHED = finished_studies()
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_a_study_has_settings_that_fit_its_task(study):
+    config = study.config()  # refuses what does not fit
+    assert len(config.methods) >= 2
+    if study.scale == "paper":
+        recipe = RECIPES[config.recipe]()
+        run = config.run_config(config.methods[0], config.usual_epochs, 1)
+        assert (run.epochs, run.data.augment) == (recipe.epochs, recipe.data.augment)
+        assert config.usual_batch_size == recipe.batch_size
+    else:
+        assert config.seeds >= 5
+
+
+def test_claims_name_studies_that_test_their_technique():
+    named = {name for claim in CLAIMS for name in claim.studies}
+    assert named == set(STUDIES)
+    for claim in CLAIMS:
+        for scale in ("paper", "lab", "desk"):
+            for name in getattr(claim, scale):
+                assert STUDIES[name].scale == scale
+        for row in claim.rows:
+            if row.study:
+                methods = STUDIES[row.study].config().methods
+                (method,) = (m for m in methods if m.name == claim.technique)
+                assert method.baseline == methods[0].name
+    # All tables of the papers with numbers.
+    numbers = [row for claim in CLAIMS for row in claim.rows]
+    assert len(numbers) == 4 + 5 + 5 + 5 + 6 + 4 + 4 + 4
+
+
+def test_settings_of_table_rows_reach_the_optimizer():
+    decay = STUDIES["gc_decay_1e-3"].config().methods[1].optimizer
+    assert (decay.weight_decay, decay.techniques) == (1e-3, ("centralize",))
+    assert decay.conv_only
+    adam = STUDIES["gc_rate_adam_0.0015"].config().methods[0].optimizer
+    assert (adam.optimizer, adam.learning_rate) == ("adam", 0.0015)
+    voc = STUDIES["rg_voc_3"].config().methods[1].optimizer
+    assert (voc.learning_rate, voc.momentum, voc.probability) == (0.01, 0.9, 0.5)
+
+
+######## The page #####################################################################
+
+
+def test_the_page_is_that_of_the_rows(tmp_path, monkeypatch):
+    assert (evidence.DOCS / "studies.md").read_text() == page(FINISHED)
+    assert len(FINISHED) >= 1
+    evidence.write_page(tmp_path)
+    for name in ("studies.png", "profiles.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert (evidence.DOCS / name).exists()
+
+
+def test_every_published_number_has_ours_or_what_it_needs():
+    text = page(FINISHED)
+    for claim in CLAIMS:
+        assert f"### {claim.source}\n" in text
+        for row in claim.rows:
+            (line,) = [
+                line
+                for line in text.splitlines()
+                if line.startswith(f"| {row.setting} | {row.without} | {row.technique}")
+            ]
+            assert "not run: needs " in line or "points against" in line
+
+
+@pytest.mark.parametrize("each", FINISHED, ids=lambda each: each.study.name)
+def test_committed_rows_are_those_of_the_study(each):
+    folder = evidence.RESULTS / each.study.name
+    written = json.loads((folder / "config.json").read_text())["config"]
+    config = json.loads(json.dumps(each.study.config().described(), default=str))
+    differing = {
+        name for name in written if written[name] != config[name] and name != "methods"
+    }
+    assert differing <= {"weights"}
+    assert set(written["methods"]) == set(config["methods"])
+    runs = [(row["method"], row["seed"]) for row in each.rows]
+    assert len(runs) == len(set(runs))
+    assert each.plan["epochs"] == each.study.config().usual_epochs
+    for text in (path.read_text() for path in folder.iterdir()):
+        assert "/work" not in text
+        assert "/home" not in text
+
+
+def _study(targets):
+    """A study whose methods need so many gradients."""
+
+    class Study(Finished):
+        __slots__ = ()
+
+        @property
+        def targets(self):
+            return targets
+
+    methods = [target.method for target in targets]
+    return Study(
+        study=STUDIES["digits_nulls"], methods=methods, rows=[], seeds=[0, 1], plan={}
+    )
+
+
+def test_a_profile_divides_by_the_best_method_of_each_study():
+    methods = STUDIES["cifar10_1000"].config().methods
+
+    def targets(**gradients):
+        return [
+            evidence.ToTarget(
+                method=method, reached=1, runs=1, gradients=float(count), seconds=1.0
+            )
+            for method in methods
+            for name, count in gradients.items()
+            if method.name == name
+        ]
+
+    two = [
+        _study(targets(sgd=10, centralize=5, perturbed_unit_step=20)),
+        _study(targets(sgd=10, centralize=math.inf)),
+    ]
+    assert profiles(two) == {"baseline": [2.0, 1.0], "centralize": [1.0, math.inf]}
+    assert profiles([]) == {}
+
+
+######## The command ##################################################################
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run",), "name the study to run"),
+        (("run", "digits_null"), "unknown study 'digits_null'; did you mean digits_n"),
+    ],
+)
+def test_a_study_that_is_not_declared_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        declared.studies(*arguments)
+
+
+def test_a_study_is_run_in_its_folder_with_its_settings(monkeypatch):
+    calls = []
+    monkeypatch.setattr(declared, "compare", lambda *arguments: calls.append(arguments))
+    declared.studies("run", "digits_nulls", seeds=12, runners=2)
+    ((config, folder),) = calls
+    assert folder == evidence.RESULTS / "digits_nulls"
+    assert (config.seeds, config.runners, config.trials) == (12, 2, 3)
+    own = STUDIES["digits_nulls"].config()
+    assert config.described() == own.described()
+
+
+def test_the_list_has_every_study_and_claim(capsys):
+    declared.studies("list")
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in STUDIES:
+        assert name in printed
+    for claim in CLAIMS:
+        assert claim.source in printed
