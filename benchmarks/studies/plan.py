@@ -1,12 +1,14 @@
-"""How long a study will take, and how many epochs and seeds fit into a time.
+"""How long a study will take, and what fits into a time.
 
 >>> cost = Cost(start=1.0, step=0.1, evaluation=1.0, steps_per_epoch=20)
 >>> cost.seconds(epochs=3)
 10.0
 >>> choose([cost, cost], budget=110.0, spent=10.0, most_epochs=3, most_seeds=20)
-(3, 5)
+Choice(epochs=3, seeds=5, share=1.0)
 >>> choose([cost, cost], budget=40.0, spent=10.0, most_epochs=3, most_seeds=20)
-(1, 3)
+Choice(epochs=1, seeds=3, share=1.0)
+>>> choose([cost, cost], budget=22.0, spent=10.0, most_epochs=3, most_seeds=20)
+Choice(epochs=1, seeds=2, share=0.5)
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -23,6 +26,8 @@ from train.program import Program
 # Fewer seeds than these are trained only if not even one epoch of them fits.
 _ENOUGH_SEEDS = 3
 LEAST_SEEDS = 2
+# An epoch has so many steps at least if examples or batch size are chosen.
+LEAST_STEPS = 10
 # The steps of a program are timed for so long, but at least three of them.
 _TIMED_SECONDS = 0.3
 _TIMED_STEPS = 3
@@ -112,6 +117,20 @@ def measure(program: Program, epochs_factor: int) -> Cost:
     )
 
 
+class Choice(NamedTuple):
+    """What fits into a budget.
+
+    Attributes:
+      epochs: passes over the training examples.
+      seeds: number of seeds.
+      share: share of the training examples.
+    """
+
+    epochs: int
+    seeds: int
+    share: float
+
+
 def choose(
     costs: Sequence[Cost],
     *,
@@ -119,12 +138,13 @@ def choose(
     spent: float,
     most_epochs: int,
     most_seeds: int,
-) -> tuple[int, int]:
-    """Returns the epochs and the seeds that fit into a budget.
+) -> Choice:
+    """Returns the epochs, the seeds and the examples that fit into a budget.
 
     All epochs are kept as long as three seeds fit, and as many seeds as fit are taken.
     If three do not fit, the epochs are cut for three seeds, and if one epoch of them
-    does not fit, for two.
+    does not fit, for two. If that does not fit either, the training examples are halved
+    until it does, as long as an epoch has ten steps.
 
     Args:
       costs: the cost of each method.
@@ -134,17 +154,27 @@ def choose(
       most_seeds: the largest number of seeds.
 
     Raises:
-      UsageError: if one epoch and two seeds of every method do not fit.
+      UsageError: if one epoch and two seeds of every method do not fit, with as few
+        examples as may be.
     """
 
-    def fitting_seeds(epochs: int) -> int:
+    def fitting_seeds(costs: Sequence[Cost], epochs: int) -> int:
         return min(most_seeds, math.floor((budget - spent) / _round(costs, epochs)))
 
-    for least in (min(_ENOUGH_SEEDS, most_seeds), LEAST_SEEDS):
-        for epochs in range(most_epochs, 0, -1):
-            if (seeds := fitting_seeds(epochs)) >= least:
-                return epochs, seeds
-    needed = LEAST_SEEDS * _round(costs, 1)
+    share, shared = 1.0, costs
+    while True:
+        for least in (min(_ENOUGH_SEEDS, most_seeds), LEAST_SEEDS):
+            for epochs in range(most_epochs, 0, -1):
+                if (seeds := fitting_seeds(shared, epochs)) >= least:
+                    return Choice(epochs, seeds, share)
+        fewer = [
+            dataclasses.replace(cost, steps_per_epoch=cost.steps_per_epoch // 2)
+            for cost in shared
+        ]
+        if any(cost.steps_per_epoch < LEAST_STEPS for cost in fewer):
+            break
+        share, shared = share / 2, fewer
+    needed = LEAST_SEEDS * _round(shared, 1)
     raise UsageError(
         f"a budget of {in_words(budget)} is too small: one epoch and {LEAST_SEEDS} "
         f"seeds of {len(costs)} methods take about {in_words(needed)} to train, and "

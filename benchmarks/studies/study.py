@@ -11,7 +11,14 @@ from typing import Any
 from benchmarks.report import ROWS, Report
 from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.methods import Method
-from benchmarks.studies.plan import LEAST_SEEDS, choose, in_words, measure
+from benchmarks.studies.plan import (
+    LEAST_SEEDS,
+    LEAST_STEPS,
+    Choice,
+    choose,
+    in_words,
+    measure,
+)
 from benchmarks.studies.runs import Compiled, train
 from benchmarks.studies.sharing import append, share
 from train.data import Dataset
@@ -25,8 +32,6 @@ _PLANS = "plans.jsonl"  # the last one holds
 # The number of seeds if it is not set: without a budget, and the most within one.
 _SEEDS = 5
 _MOST_SEEDS = 20
-# An epoch has so many steps at least if no batch size is set.
-_LEAST_STEPS = 10
 # Seconds of a budget that are kept for the page, and how much longer training takes
 # than the steps that are timed say.
 _RESERVE = 12.0
@@ -91,22 +96,22 @@ def run_study(
         return old
 
     progress = shown_on(report.console)
-    opened = OpenedStudy(
-        config=config,
-        methods=methods,
-        dataset=config.data.load(config.task, progress),
-    )
+    dataset = config.data.load(config.task, progress)
+    if old is not None:
+        dataset = _with_fewer(dataset, old.train_examples)
+    opened = OpenedStudy(config=config, methods=methods, dataset=dataset)
     if follows and old is not None:
         with report.folder.shared():
             _train_missing(opened, old, report, Reporter("", 0), {}, math.inf)
         return old
 
-    plan, seconds = _make_plan(opened, old, report, start, progress)
+    opened, plan, seconds = _make_plan(opened, old, report, start, progress)
     missing = _missing(methods, report, plan)
     steps = sum(opened.compiled(method, plan.epochs).num_steps for _, method in missing)
     total = sum(seconds[method.name] for _, method in missing)
     report.console.print(
         f"{len(methods)} methods, {plan.seeds} seeds, epochs: {plan.epochs}; "
+        f"{_fewer_images(config, plan)}"
         f"{len(missing)} runs to train, {steps:,} steps, about {in_words(total)}"
         f"{' by one process' if config.runners > 1 else ''}"
     )
@@ -118,27 +123,36 @@ def run_study(
     return plan
 
 
+def _fewer_images(config: CompareConfig, plan: Plan) -> str:
+    if config.budget is None:
+        return ""
+    return f"{plan.train_examples:,} training examples; "
+
+
 def _make_plan(
     opened: "OpenedStudy",
     old: Plan | None,
     report: Report,
     start: float,
     progress: Progress,
-) -> tuple[Plan, dict[str, float]]:
+) -> tuple["OpenedStudy", Plan, dict[str, float]]:
     """Chooses epochs and seeds, and compiles the methods of the runs that are missing.
 
     Returns:
-      The plan, and the seconds that a run of each method takes, by name.
+      The study, with fewer examples if the budget needs it, the plan, and the seconds
+      that a run of each method takes, by name.
     """
-    config, methods, dataset = opened.config, opened.methods, opened.dataset
-    split = config.data.eval_split
+    config, methods = opened.config, opened.methods
+    epochs = config.usual_epochs if old is None else old.epochs
+    if old is None and config.budget:
+        choice = _fitting(opened, epochs, start, progress)
+        epochs = choice.epochs
+        if choice.share < 1:
+            few = math.ceil(choice.share * len(opened.dataset.split("train")))
+            dataset = _with_fewer(opened.dataset, few)
+            opened = OpenedStudy(config=config, methods=methods, dataset=dataset)
+    dataset, split = opened.dataset, config.data.eval_split
     train, evaluated = (len(dataset.split(name)) for name in ("train", split))
-    if old is not None:
-        epochs = old.epochs
-    else:
-        epochs = config.usual_epochs
-        if config.budget:
-            epochs = _fitting_epochs(opened, epochs, start, progress)
     plan = Plan(
         epochs=epochs,
         batch_size=opened.batch_size,
@@ -155,7 +169,16 @@ def _make_plan(
         left = start + config.budget - _RESERVE - time.monotonic()
         seeds = _fitting_seeds(missing, seconds, left, most=plan.seeds)
         plan = dataclasses.replace(plan, seeds=seeds)
-    return plan, seconds
+    return opened, plan, seconds
+
+
+def _with_fewer(dataset: Dataset, train_examples: int) -> Dataset:
+    """Returns the dataset with so many training examples, balanced over classes."""
+    train = dataset.split("train")
+    if len(train) <= train_examples:
+        return dataset
+    fewer = {"train": train.subset(train_examples)}
+    return dataclasses.replace(dataset, splits={**dataset.splits, **fewer})
 
 
 def _train_missing(
@@ -254,7 +277,7 @@ class OpenedStudy:
         usual = self.config.usual_batch_size
         if self.config.batch_size is not None:
             return usual
-        few = len(self.dataset.split("train")) // _LEAST_STEPS
+        few = len(self.dataset.split("train")) // LEAST_STEPS
         return min(usual, max(2, few))
 
     def num_steps(self, method: Method, epochs: int) -> int:
@@ -303,10 +326,10 @@ class OpenedStudy:
         return seconds
 
 
-def _fitting_epochs(
+def _fitting(
     opened: OpenedStudy, most_epochs: int, start: float, progress: Progress
-) -> int:
-    """Returns how many epochs fit into the budget, as the first baseline tells.
+) -> Choice:
+    """Returns what fits into the budget, as the first baseline tells.
 
     The epochs are part of a compiled step, as its learning rates depend on them. To
     time all methods first would mean to compile them twice.
@@ -335,7 +358,7 @@ def _fitting_epochs(
         spent=time.monotonic() - start + compiling + _RESERVE,
         most_epochs=most_epochs,
         most_seeds=config.seeds or _MOST_SEEDS,
-    )[0]
+    )
 
 
 def _fitting_seeds(

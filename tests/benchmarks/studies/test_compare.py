@@ -198,7 +198,7 @@ def test_a_budget_chooses_epochs_and_seeds_and_keeps_them(
             start=0.0,
             step=gradients / 10,
             evaluation=0.0,
-            steps_per_epoch=10,
+            steps_per_epoch=program.steps_before(1),
             epochs_factor=epochs_factor,
         )
 
@@ -219,8 +219,20 @@ def test_a_budget_chooses_epochs_and_seeds_and_keeps_them(
     assert rows(tmp_path / "study") == done
     assert compiled == []
     run(*arguments, "--budget", "29s")
-    assert "3 methods, 4 seeds, epochs: 2; 3 runs to train" in capsys.readouterr().out
+    assert (
+        "epochs: 2; 1,000 training examples; 3 runs to train" in capsys.readouterr().out
+    )
     assert rows(tmp_path / "study")[:9] == done
+
+    # Too little for all examples: half of them, and so in every later run.
+    folder = tmp_path / "fewer"
+    arguments = (*SMALL[:4], *THREE, "--run-dir", folder, "--batch-size", 50)
+    run(*arguments, "--budget", "27s")
+    assert "500 training examples; 6 runs to train" in capsys.readouterr().out
+    gradients = {row["gradient_evaluations"] for row in rows(folder)}
+    run(*arguments, "--seeds", 3)
+    assert "3 runs to train" in capsys.readouterr().out
+    assert {row["gradient_evaluations"] for row in rows(folder)} == gradients
 
 
 FOLDERS = {

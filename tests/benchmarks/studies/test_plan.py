@@ -48,16 +48,16 @@ def test_a_cost_counts_start_steps_and_evaluations():
 )
 def test_seeds_go_before_epochs(seconds, expected):
     found = choose([TEN], budget=seconds + 7, spent=7, most_epochs=3, most_seeds=20)
-    assert found == expected
+    assert found == (*expected, 1.0)
     halves = [Cost(start=0.0, step=0.5, evaluation=0.0, steps_per_epoch=10)] * 2
-    assert (
-        choose(halves, budget=seconds, spent=0, most_epochs=3, most_seeds=20)
-        == expected
+    assert choose(halves, budget=seconds, spent=0, most_epochs=3, most_seeds=20) == (
+        *expected,
+        1.0,
     )
 
 
 def test_two_seeds_that_are_asked_for_keep_their_epochs():
-    assert choose([TEN], budget=60, spent=0, most_epochs=3, most_seeds=2) == (3, 2)
+    assert choose([TEN], budget=60, spent=0, most_epochs=3, most_seeds=2)[:2] == (3, 2)
 
 
 def test_too_small_a_budget_says_what_it_takes():
@@ -69,4 +69,22 @@ def test_too_small_a_budget_says_what_it_takes():
     for budget in (59, 119):
         with pytest.raises(UsageError, match=said.replace("59 s", in_words(budget))):
             choose(two, budget=budget, spent=40, most_epochs=3, most_seeds=20)
-    assert choose(two, budget=120, spent=40, most_epochs=3, most_seeds=20) == (1, 2)
+    assert choose(two, budget=120, spent=40, most_epochs=3, most_seeds=20)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (80, (1, 2, 1.0)),
+        (79, (1, 3, 0.5)),  # three seeds again
+        (40, (1, 2, 0.5)),
+        (39, (1, 3, 0.25)),
+        (20, (1, 2, 0.25)),  # ten steps in an epoch
+    ],
+)
+def test_examples_are_halved_after_epochs(seconds, expected):
+    cost = Cost(start=0.0, step=1.0, evaluation=0.0, steps_per_epoch=40)
+    sizes = {"most_epochs": 3, "most_seeds": 20}
+    assert choose([cost], budget=seconds, spent=0, **sizes) == expected
+    with pytest.raises(UsageError, match="2 seeds of 1 methods take about 20 s"):
+        choose([cost], budget=19, spent=0, **sizes)
