@@ -90,7 +90,7 @@ def write_page(folder: Path = DOCS) -> None:
     plots.save_differences(
         {
             technique: [
-                (each.study.about, effect.interval, effect.helps or effect.hurts)
+                (each.study.name, effect.interval, effect.helps or effect.hurts)
                 for each in studies
                 for summary in each.summaries
                 if summary.method.name == technique
@@ -100,7 +100,12 @@ def write_page(folder: Path = DOCS) -> None:
         },
         folder / "studies.png",
     )
-    plots.save_profiles(profiles(studies), folder / "profiles.png")
+    complete = [each for each in studies if _has_all(each)]
+    plots.save_profiles(profiles(complete), folder / "profiles.png")
+
+
+def _has_all(each: Finished) -> bool:
+    return {method.name for method in each.methods}.issuperset(OURS)
 
 
 def profiles(studies: Sequence[Finished]) -> dict[str, list[float]]:
@@ -158,10 +163,10 @@ _PROFILES = """
 
 ![performance profiles of the four techniques](profiles.png)
 
-The target of a study is the worst final score of its baseline. A line shows in which
-share of the studies a method reaches the target with at most so many times the
-gradients of the best method. A method that does not reach it in half of its runs never
-counts.
+These are the studies that have all four techniques. The target of a study is the worst
+final score of its baseline. A line shows in which share of the studies a method reaches
+the target with at most so many times the gradients of the best method. A method that
+does not reach it in half of its runs never counts.
 """
 
 _PAPERS = """
