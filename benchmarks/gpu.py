@@ -41,7 +41,7 @@ from benchmarks.report import Report, open_report, with_range
 from benchmarks.steps import make_step
 from benchmarks.timing import interleave, ratio
 from train.data.config import DataConfig
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.optim.config import OptimizerConfig
 from train.optim.techniques import TECHNIQUES
 from train.output.run_folder import environment
@@ -722,6 +722,7 @@ def gpu(
         raise UsageError(
             f"JAX finds no GPU, but {jax.devices()[0].device_kind}: install its plugin "
             "for CUDA, or try everything at small sizes with --rehearse"
+            + see("speed.md#on-a-gpu")
         )
     with open_report("gpu", dataclasses.asdict(config), run_dir) as report:
         mode = torch_mode(rehearse=config.rehearse)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import did_you_mean
 
 _GPUS_PER_HOST = 8
@@ -95,6 +95,7 @@ class Compiler:
             raise UsageError(
                 f"the compiler for {self.platform} is not installed: in an environment "
                 f"of its own, `pip install -e . --group {self.group}`"
+                + see("compile.md")
             )
         # The devices may be there and busy: neither they nor their memory are needed.
         jax.config.update("jax_platforms", "cpu")

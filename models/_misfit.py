@@ -83,6 +83,7 @@ def misfit(
     listed = shorten((f"\n  {text}" for text in problems.values()), "")
     if in_head and not new_head:
         listed += "\nif the last layer is for other classes, skip it with new_head=True"
+    listed += "\nsee docs/networks.md#pretrained-weights"
     return f"{len(problems)} of {len(expected)} arrays differ{listed}"
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
+from optax_tricks._documentation import see
 from optax_tricks._numerics import accumulator_dtype
 from optax_tricks._validation import check_leaves, show_leaf
 
@@ -248,6 +249,7 @@ def _output_axis(layout: str, ndim: int) -> int:
         raise ValueError(
             f"centralize: reduction_axes must be one of the layouts {known}, or axes; "
             f"got {layout!r}. Flax has '...io', PyTorch and Equinox have 'oi...'."
+            + see("guides/layouts.md")
         )
     return _OUTPUT_AXES[layout](ndim)
 
@@ -260,6 +262,7 @@ def _entry_for(entries: dict[Path, Any], path: Path, leaf: jax.Array) -> Any:
     raise ValueError(
         f"centralize: reduction_axes have no entry for leaf {show_leaf(path, leaf)}. "
         "Give a tuple of axes, () to leave it unchanged, or None for the rules."
+        + see("guides/layouts.md#layers-of-several-layouts")
     )
 
 
@@ -271,6 +274,7 @@ def _checked(axes: Any, path: Path, leaf: jax.Array) -> Axes:
             f"centralize: reduction_axes {axes} do not fit leaf "
             f"{show_leaf(path, leaf)}. Give a tuple of distinct axes from {-n} to "
             f"{n - 1}, or () to leave it unchanged."
+            + see("guides/layouts.md#layers-of-several-layouts")
         )
     return tuple(axes)
 

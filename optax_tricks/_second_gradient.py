@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_tricks._documentation import see
 from optax_tricks._validation import check_leaves
 
 GradFn: TypeAlias = Callable[[optax.Params, int], optax.Updates]
@@ -22,6 +23,7 @@ def check_whole_real_tree(name: str, params: optax.Params) -> None:
                 "optax.partition. Put it before them, as in "
                 f"optax.chain({name}(...), optax.partition(...)). To exclude frozen "
                 "parameters, differentiate with respect to the trained ones only."
+                + see("faq.md#can-i-use-optaxmasked-or-optaxpartition")
             )
     check_leaves(name, params)
     for leaf in jax.tree.leaves(params):
@@ -29,7 +31,7 @@ def check_whole_real_tree(name: str, params: optax.Params) -> None:
             raise ValueError(
                 f"{name} is defined for real parameters, but got a leaf of dtype "
                 f"{jnp.result_type(leaf)}. Store the real and imaginary parts as "
-                "separate leaves."
+                "separate leaves." + see("numerics.md#leaves-and-numbers")
             )
 
 
@@ -47,6 +49,7 @@ def check_call(
             f"{missing}. Call update(grads, state, params, grad_fn=grad_fn) with, for "
             "example, grad_fn = lambda params, step: jax.grad(loss)(params, batch)."
             " For Flax NNX, optax_tricks.nnx.batch_gradients makes a grad_fn."
+            + see("faq.md#why-does-my-code-say-got-no-grad_fn")
         )
     check_whole_real_tree(name, params)
     check_leaves(name, updates)
@@ -64,6 +67,7 @@ def evaluate(
             f"{name}: grad_fn must return a tree of the structure and shapes of the "
             f"first gradient, {expected}, but it returned {got}. Use jax.grad, or drop "
             "the value and the auxiliary output of jax.value_and_grad."
+            + see("guides/jax.md#two-gradients-per-step")
         )
     return gradients
 

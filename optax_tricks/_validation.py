@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_tricks._documentation import see
+
 _SMALLEST = float(jnp.finfo(jnp.float32).smallest_normal)
 
 
@@ -59,6 +61,7 @@ def check_leaves(name: str, tree: Any) -> None:
             "Split such leaves off before you differentiate, as "
             "nnx.split(model, nnx.Param, ...) or "
             "equinox.partition(model, equinox.is_inexact_array) does."
+            + see("numerics.md#leaves-and-numbers")
         )
 
 

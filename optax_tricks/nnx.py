@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_tricks._documentation import see
 from optax_tricks._second_gradient import GradFn
 
 try:
@@ -206,6 +207,7 @@ def _pair(result: Any) -> tuple[Loss, Tree]:
         raise ValueError(
             f"loss_fn must return a pair (loss, aux), got {found}. Return None as aux "
             "if there is nothing else to return."
+            + see("guides/nnx.md#what-batch_gradients-takes-care-of")
         )
     return result
 
@@ -234,5 +236,6 @@ def _cut(x: jax.Array, parts: int) -> jax.Array:
         raise ValueError(
             "grad_accum_steps must divide the first axis of every array in the batch, "
             f"got grad_accum_steps={parts} and an array of shape {x.shape}."
+            + see("guides/two_gradients.md#gradient-accumulation")
         )
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)

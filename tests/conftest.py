@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.wheel_environment import Environment
+
 pytest.register_assert_rewrite("tests.optax_tricks.table")
 
 # Sharding tests need several devices; simulated ones do on any machine.
@@ -53,6 +55,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (path,) = folder.iterdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def with_extras(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """What `pip install 'optax_tricks[nnx]'` brings, and what examples need too."""
+    folder = tmp_path_factory.mktemp("with_extras")
+    others = ("equinox", "matplotlib", "scikit-learn", "scipy")
+    return Environment(folder, wheel, ["nnx"], others)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -13,6 +14,8 @@ import models
 import optax_tricks
 import optax_tricks.nnx
 from benchmarks import networks
+from optax_tricks import _documentation
+from tests.wheel_environment import CHECKOUT, imports
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/networks.md").read_text()
@@ -100,8 +103,13 @@ def test_what_has_been_trained_is_that_of_the_committed_rows():
 
 
 def blocks(page):
-    """The Python blocks of a page, except those that need data."""
+    """The Python blocks of a page that needs the checkout, except those with data.
+
+    Those of all other pages run with the wheel alone, in test_wheel.py.
+    """
     found = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    if not any(imports(block) & CHECKOUT for block in found):
+        return []
     return [block for block in found if not any(name in block for name in NEEDS_DATA)]
 
 
@@ -110,18 +118,12 @@ def marked(page):
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)])
-def test_python_blocks_run(page, tmp_path, monkeypatch, one_device, capsys):
+def test_python_blocks_run(page, tmp_path, monkeypatch, one_device):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks(page):
-        if "import equinox" in block:
-            pytest.importorskip("equinox")
         with jax.numpy_rank_promotion("allow"):  # as it is for the reader
             exec(block, names)
-        # A comment says what a comparison prints.
-        said = re.findall(r"^print\(.*  # (True|False)\b", block, flags=re.MULTILINE)
-        printed = capsys.readouterr().out.split()
-        assert [word for word in printed if word in ("True", "False")] == said
         if "expected" in names:
             assert names["logits"].shape == names["expected"]
 
@@ -165,6 +167,29 @@ def test_links_into_the_repository_and_between_pages_exist():
         links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page)
         for link in links:
             assert (ROOT / "docs" / name).parent.joinpath(link).exists(), (name, link)
+
+
+def anchors(page):
+    """The anchors of the headings of a page, on the site and on GitHub."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("package", ["optax_tricks", "models", "train", "benchmarks"])
+def test_pages_that_messages_name_exist(package):
+    sources = "".join(path.read_text() for path in (ROOT / package).rglob("*.py"))
+    named = re.findall(r'\bsee\(\s*"([^"]+)"|\bdocs/([\w/]+\.md(?:#[\w-]+)?)', sources)
+    assert named
+    for page, anchor in ("".join(name).partition("#")[::2] for name in named):
+        assert page in PAGES, page
+        assert not anchor or anchor in anchors(PAGES[page]), (page, anchor)
+
+
+def test_messages_of_the_library_name_pages_on_the_web():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = project["urls"]["Documentation"].replace("/tree/", "/blob/")
+    assert _documentation.see("faq.md") == f" See {folder}/faq.md"
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """What is shipped, and what the library and the networks import."""
 
-import ast
 import re
 import sys
 import tomllib
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 import optax_tricks
+from tests.wheel_environment import imports
 
 ROOT = Path(__file__).parents[1]
 # Imports between our own packages are the contracts of import-linter.
@@ -72,18 +72,10 @@ def test_lower_bounds_of_flax_are_the_same():
     assert bound in project["dependency-groups"]["train"]
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
-
-
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_package_imports_few_others(package):
     for path in (ROOT / package).rglob("*.py"):
         allowed = MAY_IMPORT[package] | {package} | sys.stdlib_module_names
         if path == ROOT / "optax_tricks" / "nnx.py":
             allowed |= {"flax"}
-        assert set(imports(path)) <= allowed, path
+        assert imports(path.read_text()) <= allowed, path

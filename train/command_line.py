@@ -15,7 +15,7 @@ import jax
 import tyro
 
 from train.compilation_cache import keep_compiled_programs
-from train.errors import NonFiniteLossError, UsageError
+from train.errors import NonFiniteLossError, UsageError, see
 from train.names import did_you_mean, printable
 from train.settings import refuse, unknown_name, wrong_settings_exit
 from train.signals import StoppedError
@@ -51,6 +51,7 @@ def run_command(command: Callable[[], object]) -> None:
             _fail(
                 "error: the device is out of memory: choose a smaller --batch-size, or "
                 "split batches into parts with --grad-accum 2 or more"
+                + see("training.md#when-something-happens")
             )
         if jax.distributed.is_initialized():
             time.sleep(2)  # if another process has ended, a better error ends this one

@@ -1,6 +1,15 @@
 """Errors that command lines show as one line, without a traceback."""
 
 
+def see(page: str) -> str:
+    """Returns the end of a message that a page of docs/ explains.
+
+    >>> see("data.md#bad-files")
+    '; see docs/data.md#bad-files'
+    """
+    return f"; see docs/{page}"
+
+
 class UsageError(ValueError):
     """Something that the user can fix; the message says how."""
 

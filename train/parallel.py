@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 
 Tree = Any
 
@@ -107,6 +107,7 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
         raise UsageError(
             f"the processes have different settings: {', '.join(names)}; start all "
             "with the same command, but for process_id"
+            + see("machines.md#one-run-on-all-of-them")
         )
 
 

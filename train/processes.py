@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 
 # Seconds to wait for a process.
 _PATIENCE = 25.0
@@ -64,6 +64,7 @@ def start_distributed(
             raise UsageError(
                 "coordinator, num_processes and process_id belong together: give all "
                 "three, or none under SLURM, Open MPI or on a TPU"
+                + see("machines.md#one-run-on-all-of-them")
             )
         address = _parse_address(coordinator)
         if num_processes < 1:
@@ -86,7 +87,10 @@ def start_distributed(
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot join the other processes: {error}") from error
+        raise UsageError(
+            f"cannot join the other processes: {error}"
+            + see("machines.md#one-run-on-all-of-them")
+        ) from error
     if peers:
         atexit.register(_say_goodbye, peers)  # before JAX waits for the others
         threading.Thread(target=_watch, args=(peers,), daemon=True).start()
@@ -203,6 +207,7 @@ def _wait_for_all(
             raise UsageError(
                 f"{missing()} of {num_processes} did not join within {_PATIENCE:.0f} s:"
                 " start all with the same coordinator, or lower num_processes"
+                + see("machines.md#one-run-on-all-of-them")
             ) from None
         connection.settimeout(5)
         peer = _Peer(connection)
@@ -249,7 +254,7 @@ def _join(
             if time.monotonic() > deadline:
                 raise UsageError(
                     f"process 0 cannot be reached at {where} ({error}): start it, or "
-                    "check coordinator"
+                    "check coordinator" + see("machines.md#one-run-on-all-of-them")
                 ) from error
             time.sleep(0.2)
     peer.send(process_id=process_id, num_processes=num_processes)

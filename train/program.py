@@ -24,7 +24,7 @@ from train.config import TrainingConfig
 from train.data import Dataset
 from train.data.loaders import Loader
 from train.data.samplers import RandomSampler, SequentialSampler
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.optim.optimizer import learning_rate, make_optimizer
 from train.parallel import make_mesh, put, replicated, state_shardings
 from train.progress import Progress, silent
@@ -372,6 +372,7 @@ def _check_batch(config: TrainingConfig, mesh: Mesh) -> None:
         raise UsageError(
             f"batch_size {config.batch_size} must be a multiple of {divisor}, the "
             f"devices ({num_shards}) times grad_accum ({config.grad_accum})"
+            + see("machines.md#one-run-on-all-of-them")
         )
 
 

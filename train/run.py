@@ -22,7 +22,7 @@ from train import plots
 from train.config import TrainingConfig
 from train.data import Dataset
 from train.data.dataset import describe
-from train.errors import NonFiniteLossError, UsageError
+from train.errors import NonFiniteLossError, UsageError, see
 from train.intervals import mean_interval
 from train.output.checkpoints import CheckpointWriter, checkpoint_steps, find_checkpoint
 from train.output.run_folder import RunFolder, open_run_folder
@@ -234,6 +234,7 @@ def run(
     if run_dir is None and jax.process_count() > 1:
         raise UsageError(
             "run_dir must be set for several processes, to a folder that all can see"
+            + see("machines.md#one-run-on-all-of-them")
         )
     settings = {"task": config.task, **dataclasses.asdict(config)}
     check_same_settings(settings | {"run_dir": run_dir, "resume": resume})

@@ -12,7 +12,7 @@ from benchmarks.studies.plan import parse_duration
 from benchmarks.studies.tasks import STUDY_TASKS, StudyTask
 from train.config import TrainingConfig
 from train.data.config import DataConfig, Size
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.optim.config import OPTIMIZERS, OptimizerConfig
 from train.settings import (
     AnyPath,
@@ -138,11 +138,15 @@ class CompareConfig:
             ("budget", "it has no room for trials"),
         ):
             if getattr(self, name) is not None:
-                raise UsageError(f"trials and {name} exclude each other: {reason}")
+                raise UsageError(
+                    f"trials and {name} exclude each other: {reason}"
+                    + see("compare.md#what-is-compared")
+                )
         if self.data.eval_split == "validation":
             raise UsageError(
                 "trials are judged on validation examples, so methods must be compared "
                 "on others: leave eval_split out, or set it to test"
+                + see("compare.md#what-is-compared")
             )
 
     @property

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.program import Program
 
 # Fewer seeds than these are trained only if not even one epoch of them fits.
@@ -179,7 +179,7 @@ def choose(
         f"a budget of {in_words(budget)} is too small: one epoch and {LEAST_SEEDS} "
         f"seeds of {len(costs)} methods take about {in_words(needed)} to train, and "
         f"{in_words(spent)} to load, compile and draw; give it more time, or take "
-        "fewer techniques, smaller images or a smaller network"
+        "fewer techniques, smaller images or a smaller network" + see("compare.md#time")
     )
 
 

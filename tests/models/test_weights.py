@@ -353,6 +353,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_changes(tmp_path):
         "  missing: layer2.0.conv2.weight",
         "  unexpected: another",
         "  unexpected: extra.weight",
+        "see docs/networks.md#pretrained-weights",
     ]
     assert_equal(values(model), before)
 

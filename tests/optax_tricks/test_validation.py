@@ -283,6 +283,7 @@ def test_a_missing_argument_shows_the_call_to_write(
         str(error.value),
     )
     assert shown
+    assert str(error.value).endswith("/docs/faq.md#why-does-my-code-say-got-no-grad_fn")
     names = {
         "jax": jax,
         "loss": lambda params, batch: jnp.sum(params["w"] * batch) + params["b"],

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import filelock
 import numpy as np
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.progress import Reporter
 
 Spec = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -240,6 +240,7 @@ def write_arrays(
         raise UsageError(
             f"cannot write decoded images to {folder} ({error}): make room, choose "
             'another data_dir, or set loader to "grain", which needs no cache'
+            + see("data.md#two-loaders")
         ) from error
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from train.data.dataset import Arrays, Split
 from train.data.samplers import Sampler
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.parallel import put, replicated
 from train.progress import Progress, silent
 
@@ -306,6 +306,7 @@ def _local_size(sampler: Sampler, process_count: int) -> int:
         raise UsageError(
             f"batch_size must be a multiple of {process_count}, the number of "
             f"processes, got {sampler.batch_size}"
+            + see("machines.md#one-run-on-all-of-them")
         )
     return sampler.batch_size // process_count
 
@@ -347,7 +348,7 @@ def open_loaders(
             raise UsageError(
                 "random_resized_crop cuts images that differ in size while they are "
                 'decoded, so they cannot be kept in memory: set loader to "auto" or '
-                '"grain"'
+                '"grain"' + see("data.md#sizes-and-augmentation")
             )
         mode = "grain"
     if mode == "auto":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.optim.techniques import TECHNIQUES
 
 PLACES = {
@@ -24,12 +24,14 @@ def check_order(names: Sequence[str]) -> None:
     if len(replacing) > 1:
         raise UsageError(
             f"{' and '.join(replacing)} both replace the gradient: take one of them"
+            + see("training.md#optimizers-and-techniques")
         )
     if replacing and names[0] != replacing[0]:
         fixed = [*replacing, *(name for name in names if name not in replacing)]
         raise UsageError(
             f"{replacing[0]} replaces the gradient, so the names before it in "
             f"{','.join(names)} would do nothing: put it first, {','.join(fixed)}"
+            + see("training.md#optimizers-and-techniques")
         )
 
 
@@ -76,6 +78,7 @@ def chain_order(
                 f"decay is on the wrong side of the optimizer in {','.join(order)}: "
                 f"name it {side} `optimizer`, or take an optimizer with "
                 f"{'L2' if decoupled else 'decoupled'} decay"
+                + see("training.md#optimizers-and-techniques")
             )
     elif decoupled:
         order.append("decay")

@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.files import digest, sync
 
 Tree = Any
@@ -90,6 +90,7 @@ class Checkpoint:
                     f"checkpoint {self.folder} is from another program: {name} is "
                     f"{there.get(name, 'absent')} in the checkpoint and "
                     f"{here.get(name, 'absent')} in this run"
+                    + see("training.md#when-something-happens")
                 )
         arrays = handler.restore(self.folder, args=ocp.args.StandardRestore(target))
         leaves, structure = jax.tree.flatten(like)

@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 import jax
 
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.files import digest, whole_file
 
 CONFIG = "config.json"
@@ -259,7 +259,7 @@ def _check_contents(path: Path, config: dict[str, Any], resume: bool) -> None:
             differences = _differences(found, config)
             raise RunFolderError(
                 f"run folder {path} holds a run with other settings ({differences}): "
-                "choose another run folder"
+                "choose another run folder" + see("training.md#when-something-happens")
             )
         if not resume:
             raise RunFolderError(

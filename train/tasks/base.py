@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, Num
 import models
 from train.config import TrainingConfig
 from train.data import Dataset
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.optim.config import OptimizerConfig
 
 Batch: TypeAlias = dict[str, Num[Array, "batch ..."]]
@@ -199,6 +199,7 @@ def check_images(task: Task, dataset: Dataset) -> None:
         raise UsageError(
             f"the network cannot take these images: {error} (image_size scales all "
             "images, and crop cuts out a part of each training image)"
+            + see("data.md#sizes-and-augmentation")
         ) from error
 
 

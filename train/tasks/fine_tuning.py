@@ -14,7 +14,7 @@ import models
 from train.config import TrainingConfig
 from train.data import Dataset, augment
 from train.data.augment import Augmentation
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.settings import settings, unknown_name
 from train.tasks.base import Batch
 
@@ -43,6 +43,7 @@ def _check_normalization(value: Any) -> str | _Statistics:
     raise UsageError(
         "normalization must be 'dataset', 'imagenet' or a pair (mean, std), each with "
         f"one or three numbers for images in [0, 1], got {value!r}"
+        + see("finetuning.md")
     )
 
 
@@ -120,6 +121,7 @@ class FineTuningConfig(TrainingConfig):
                 raise UsageError(
                     f"{what} keeps what is pretrained, but the network starts from "
                     f"random parameters: name a file with {setting}"
+                    + see("finetuning.md")
                 )
 
 

@@ -666,7 +666,7 @@ def test_bad_files_are_named_or_left_out(
     said = str(error.value)
     assert said.startswith(f"{tmp_path / 'source'} has 1 bad file: {file}: ")
     assert re.search(message, said)
-    assert said.endswith("set skip_bad to leave them out")
+    assert said.endswith("to leave them out; see docs/data.md#bad-files")
     assert data.prepared(tmp_path / "prepared") == []
     left_over = {p.name for p in (tmp_path / "prepared").rglob("*") if p.is_file()}
     assert left_over == {".1.0.0.lock"}

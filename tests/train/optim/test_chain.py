@@ -124,10 +124,10 @@ def test_every_chain_keeps_the_given_order_and_has_each_part_once(decoupled):
             "scale_by_random,perturbed_unit_step,centralize",
             "the names before it in scale_by_random,perturbed_unit_step,centralize "
             "would do nothing: put it first, "
-            "perturbed_unit_step,scale_by_random,centralize$",
+            "perturbed_unit_step,scale_by_random,centralize; see docs/training.md#",
         ),
-        ("optimizer,sam", "put it first, sam,optimizer$"),
-        ("decay,sam", "put it first, sam,decay$"),
+        ("optimizer,sam", "put it first, sam,optimizer; see "),
+        ("decay,sam", "put it first, sam,decay; see "),
     ],
 )
 def test_orders_that_make_no_sense_are_refused(names, message):

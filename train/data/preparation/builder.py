@@ -24,7 +24,7 @@ from train.data.cache import sync_folder
 from train.data.images import BadFileError
 from train.data.preparation.archives import Source, SourceError, open_source
 from train.data.threads import map_threads
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import composed, is_note, listed, printable
 from train.progress import Progress, silent
 
@@ -61,7 +61,7 @@ class BadFilesError(UsageError):
     def __init__(self, source: object, errors: Sequence[BadFileError]):
         super().__init__(
             f"{source} has {summarize(errors)}\nrepair or remove them, or set skip_bad "
-            "to leave them out"
+            "to leave them out" + see("data.md#bad-files")
         )
         self.errors = errors
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from train.data.preparation.builder import ImageBuilder
 from train.data.preparation.builders import BUILDERS
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import composed, did_you_mean
 from train.progress import Progress, silent
 
@@ -88,10 +88,12 @@ def _parse(name: str, data_dir: Path | None) -> tuple[str, str | None]:
                 f"known: {', '.join(map(_shown, BUILDERS))}, "
                 "and the names of the TFDS catalogue such as cifar10, cifar100, "
                 "imagenet2012, cityscapes/semantic_segmentation"
+                + see("data.md#what-can-be-prepared")
             )
     elif own.NEEDS_NAME and config is None:
         raise UsageError(
             f"{builder} holds your own data: name the dataset, as in {builder}/flowers"
+            + see("data.md#your-own-files")
         )
     elif config is not None and not own.NEEDS_NAME:
         raise UsageError(f"{builder} has no variants: leave out /{config}")
@@ -163,7 +165,10 @@ def prepare(
         _prepare_by_tfds(name, source, data_dir)
         return None
     if own.NEEDS_SOURCE and source is None:
-        raise UsageError(f"{name} needs its files: {_how_to_prepare(name)}")
+        raise UsageError(
+            f"{name} needs its files: {_how_to_prepare(name)}"
+            + see("data.md#what-can-be-prepared")
+        )
     if source is not None and not own.NEEDS_SOURCE:
         raise UsageError(
             f"{name} is made from installed packages: leave out the source"
@@ -190,6 +195,7 @@ def _prepare_by_tfds(name: str, source: Path | None, data_dir: Path) -> None:
     if not _has_tensorflow():
         raise UsageError(
             f"{name} is from the TFDS catalogue: {_how_to_prepare(name)} ({data_dir})"
+            + see("data.md#what-can-be-prepared")
         )
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=source)
@@ -237,6 +243,7 @@ def find_or_prepare(
         raise UsageError(
             f"{name} is not prepared in {data_dir or default_data_dir()}: "
             f"{did_you_mean(name, prepared(data_dir))}{_how_to_prepare(name)}"
+            + see("data.md#what-can-be-prepared")
         )
     prepare(name, data_dir=data_dir, progress=progress)
     prepared_now = folder_of(name, data_dir)

@@ -6,6 +6,7 @@ from train.data.images import check_mask, check_photo
 from train.data.preparation import layout
 from train.data.preparation.archives import Source, SourceError
 from train.data.preparation.builder import Example, Item
+from train.errors import see
 from train.names import listed
 
 _WHITE = 255
@@ -103,6 +104,7 @@ class Labels:
             f"{source.path}: masks hold both 1 (that of {with_one[0]}) and white, 255 "
             f"(that of {with_white[0]}): declare ignore_label 255 if white means no "
             f"class, or store {self._names[1]} as one value"
+            + see("data.md#your-own-files")
         )
 
     def _refuse(
@@ -127,4 +129,5 @@ class Labels:
         raise SourceError(
             f"{source.path}: the masks of {split} hold only {listed(names)}{also}, and "
             f"no pixel of {listed(missing, 20)}: {remedy}"
+            + see("data.md#your-own-files")
         )

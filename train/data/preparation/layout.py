@@ -9,7 +9,7 @@ from typing import NamedTuple
 from train.data.images import IMAGE_SUFFIXES, BadFileError, check_photo
 from train.data.preparation.archives import Source, SourceError
 from train.data.preparation.builder import Example, Item, shuffled
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import composed, is_note, listed
 
 # train, Training, val2017, validation_set, test-images, ...
@@ -61,8 +61,8 @@ def _not_expected(source: Source, marker: str, expected: str = "") -> SourceErro
     return SourceError(
         f"{source.path} is not the expected folder or archive: it holds no {marker}, "
         f"but {listed(tops, 8) or 'nothing'}"
-        + f"; expected {expected}"
-        * bool(expected)
+        + f"; expected {expected}" * bool(expected)
+        + see("data.md#what-can-be-prepared")
     )
 
 
@@ -105,6 +105,7 @@ def split_folders(source: Source, prefix: str) -> dict[str, str]:
     if found and (others := sorted(with_images - set(folders))):
         raise SourceError(
             f"{source.path} has other folders beside the splits: {listed(others)}"
+            + see("data.md#your-own-files")
         )
     _need_train(source, prefix, found)
     return {split: _inner(source, folder) for split, folder in found.items()}
@@ -178,6 +179,7 @@ def paired_folders(source: Source, roles: Roles) -> dict[str, tuple[str, str]]:
         raise SourceError(
             f"{source.path} has folders of splits, or of {' and '.join(shown)}, in "
             f"several places ({places}); expected {roles.expected}"
+            + see("data.md#your-own-files")
         )
     root = "".join(f"{root}/" for root in roots - {"."})
     if any(split_of(path.name) for path in named if len(path.parts) == depth):
@@ -268,6 +270,7 @@ def divide(
         raise SourceError(
             f"{source.path} has folders of splits where none is expected: "
             f"{listed(buried)}; expected all else inside train/, val/ and test/"
+            + see("data.md#your-own-files")
         )
     lists = [
         name
@@ -278,11 +281,13 @@ def divide(
         raise SourceError(
             f"{source.path} has lists that may be splits ({listed(lists)}), which are "
             "not read: move the files into folders train/, val/ and test/"
+            + see("data.md#your-own-files")
         )
     if fraction is None:
         raise SourceError(
             "there are no folders of splits (train/, test/): declare the share of "
             "examples to test on, such as test_fraction 0.2"
+            + see("data.md#your-own-files")
         )
     groups = defaultdict(list)
     for item in shuffled(items["train"]):

@@ -14,7 +14,7 @@ from train.data.dataset import Dataset, Field, Reader, Split
 from train.data.preparation.catalogue import command, find_or_prepare
 from train.data.preparation.measure import CacheRequest, Size, SplitStatistics, measure
 from train.data.threads import map_threads
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import listed, printable
 from train.progress import Progress, silent
 
@@ -226,6 +226,7 @@ def _open(name: str, folder: Path, direction: str) -> Prepared:
         raise UsageError(
             f"{folder} was prepared as {found and found.value}, which only TensorFlow "
             f"reads: move it away and prepare it as array_record, {command(name)}"
+            + see("data.md#what-can-be-prepared")
         )
     encoded = {
         feature: tfds.decode.SkipDecoding()
@@ -417,5 +418,6 @@ def _common_size(name: str, measured: Mapping[str, SplitStatistics]) -> Size:
             f"images of {name} differ in size, from {min(widths)} to {max(widths)} "
             f"pixels wide and from {min(heights)} to {max(heights)} high: set "
             "image_size to bring them to one size"
+            + see("data.md#sizes-and-augmentation")
         )
     return heights.pop(), widths.pop()

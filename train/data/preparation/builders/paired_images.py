@@ -13,6 +13,7 @@ from train.data.images import BadFileError, check_photo, decode, encode_png
 from train.data.preparation import layout
 from train.data.preparation.archives import Source, SourceError
 from train.data.preparation.builder import Example, ImageBuilder, Item
+from train.errors import see
 from train.names import listed
 
 _TWO_FOLDERS = (
@@ -123,6 +124,7 @@ class PairedImages(ImageBuilder):
                 f"{source.path}: no picture is wider than high, so they seem to be no "
                 f"pairs side by side, which are cut in the middle, {cut}: put the two "
                 "pictures of each pair into train/A/ and train/B/, under the same name"
+                + see("data.md#your-own-files")
             )
         self.notes.append(
             f"each picture is cut into a left half, A, and a right half, B, such as "

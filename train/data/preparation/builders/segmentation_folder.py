@@ -9,7 +9,7 @@ from train.data.preparation import layout
 from train.data.preparation.archives import Source
 from train.data.preparation.builder import ImageBuilder, Item
 from train.data.preparation.labels import Labels
-from train.errors import UsageError
+from train.errors import UsageError, see
 from train.names import composed
 
 _ROLES = layout.Roles(
@@ -94,7 +94,7 @@ class SegmentationFolder(ImageBuilder):
         if not self._classes:
             raise UsageError(
                 "the values of masks need names: declare classes in order, such as "
-                "background,road,car"
+                "background,road,car" + see("data.md#your-own-files")
             )
         folders = layout.paired_folders(source, _ROLES)
         items = {
