@@ -7,6 +7,7 @@ machines they are workers of a Ray cluster. All of them write to the same folder
 import contextlib
 import dataclasses
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -133,6 +134,7 @@ def _on_ray(address: str, count: int, work: Callable[[], None]) -> Iterator[None
         cluster = ray.init(
             address=address,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             runtime_env={"env_vars": variables},
         )
     except Exception as error:
@@ -142,9 +144,15 @@ def _on_ray(address: str, count: int, work: Callable[[], None]) -> Iterator[None
             "--head`, or leave --ray out"
         ) from error
     with cluster:
-        remote = ray.remote(num_cpus=1, max_retries=0)(work)
-        _ = [remote.remote() for _ in range(count)]  # they are cancelled if forgotten
+        remote = ray.remote(num_cpus=1, max_retries=0)(_call)
+        tasks = [remote.remote(work) for _ in range(count)]
         yield
+        del tasks  # Ray shows the errors of those that have failed
+
+
+def _call(work: Callable[[], None]) -> None:
+    """Does some work; Ray takes functions alone."""
+    work()
 
 
 def _check_port(address: str) -> None:
