@@ -3,6 +3,7 @@
 Training is replaced, so that a study takes a moment.
 """
 
+import itertools
 import json
 import signal
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from benchmarks.studies import compare, study
+from benchmarks.studies import compare, study, tuning
 from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.plan import Cost
 from tests import failpoints
@@ -49,19 +50,25 @@ def replace_training(patch, train=train_at_once):
 
     cost = Cost(start=0.1, step=0.1, evaluation=0.1, steps_per_epoch=9)
     patch.setattr(study, "train", train)
+    patch.setattr(tuning, "train", train)
     patch.setattr(study, "measure", lambda program, factor: cost)
     patch.setattr(study.OpenedStudy, "compile", compile_at_once)
     patch.setattr(plots, "save_learning_curves", draw_at_once)
 
 
-def config():
-    return CompareConfig(task="classification", techniques=("centralize",), seeds=2)
+def config(**options):
+    return CompareConfig(
+        task="classification", techniques=("centralize",), seeds=2, **options
+    )
+
+
+def rows(folder, name="rows.jsonl"):
+    lines = (folder / name).read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def runs(folder):
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(row["method"], row["seed"]) for row in rows]
+    return [(row["method"], row["seed"]) for row in rows(folder)]
 
 
 ######## The runner that is killed ####################################################
@@ -190,3 +197,31 @@ def test_a_runner_killed_at_any_point_loses_no_run(
         assert ended.points[-1] == point
         assert_same_results(tmp_path / str(number), expected)
     print(f"killed at {len(chosen)} of {len(points[name])} events")
+
+
+######## Learning rates ###############################################################
+
+
+def run_with_trials(folder):
+    replace_training(pytest.MonkeyPatch())
+    compare.compare(config(trials=3), folder)
+
+
+@pytest.mark.slow
+def test_runners_share_the_trials_of_learning_rates_too(tmp_path, scratch):
+    folder = tmp_path / "study"
+    started = [
+        failpoints.Started(partial(run_with_trials, folder), folder, scratch)
+        for _ in range(3)
+    ]
+    for runner in started:
+        ended = runner.end()
+        assert ended.code == 0, ended.output
+    found = [
+        (row["method"], row["learning_rate"], row["seed"])
+        for row in rows(folder, tuning.TRIALS)
+    ]
+    rates = tuning.rates_to_try(config().base.learning_rate, 3)
+    expected = itertools.product(NAMES, rates, (1_000_000, 1_000_001))
+    assert sorted(found) == sorted(expected)
+    assert sorted(runs(folder)) == sorted(RUNS)
