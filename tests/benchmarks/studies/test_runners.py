@@ -145,17 +145,37 @@ def assert_ended(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)]
-)
-def test_runners_end_with_the_command_and_it_goes_on(tmp_path, expected, number, code):
+def test_a_command_that_is_told_to_end_goes_on(tmp_path, expected):
     folder = tmp_path / "study"
-    action = f"os.kill(os.getpid(), {int(number)}); time.sleep({LIMIT})"
-    end(begin(folder, "--runners", "2", action=action), code)
+    action = f"os.kill(os.getpid(), signal.SIGTERM); time.sleep({LIMIT})"
+    end(begin(folder, "--runners", "2", action=action), code=75)
     assert_ended(folder)
     assert not (folder / "report.html").exists()
     end(begin(folder, "--runners", "2"))
     assert_finished(folder, expected)
+
+
+def work_for_ever(config, folder):
+    (folder / "others.txt.part").write_text(str(os.getpid()))
+    (folder / "others.txt.part").rename(folder / "others.txt")
+    time.sleep(10 * LIMIT)
+
+
+def be_killed(folder):
+    config = CompareConfig(task="classification", runners=2)
+    with runners(config, folder, work_for_ever):
+        while not (folder / "others.txt").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_runners_end_with_a_command_that_is_killed(tmp_path):
+    call = f"be_killed(Path({str(tmp_path)!r}))"
+    code = f"from tests.benchmarks.studies.test_runners import *; {call}"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT)
+    assert killed.returncode == -signal.SIGKILL
+    assert_ended(tmp_path)
 
 
 @pytest.mark.slow
