@@ -35,11 +35,12 @@ EACH = "each"  # the name of all points but those halfway
 LIMIT = 600  # seconds for what takes a few on an idle machine
 
 # Processes start at once, with everything imported, and before JAX starts its backend.
-_processes = multiprocessing.get_context("forkserver")
+processes = multiprocessing.get_context("forkserver")
 _IMPORTED = (
-    "tests.failpoints train.__main__ train.predict sklearn.datasets tensorboardX"
+    "tests.failpoints train.__main__ train.predict sklearn.datasets tensorboardX "
+    "benchmarks.studies.compare"
 )
-_processes.set_forkserver_preload(_IMPORTED.split())
+processes.set_forkserver_preload(_IMPORTED.split())
 
 
 def kill() -> None:
@@ -114,8 +115,13 @@ class Started:
         self._files = Path(tempfile.mkdtemp(dir=scratch))
         self._at = at
         arguments = (work, folder, self._files, compiled, at, action)
-        self._process = _processes.Process(target=_begin, args=arguments)
+        self._process = processes.Process(target=_begin, args=arguments)
         self._process.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.is_alive()
 
     def end(self) -> Ended:
         """Waits for the end of the process."""

@@ -52,7 +52,7 @@ def compare(
     """
     start = time.monotonic()
     run_dir = run_dir or new_path(f"compare-{config.task}-{config.data.dataset}")
-    with runners(config, run_dir, join), _open(config, run_dir) as report:
+    with _open(config, run_dir) as report, runners(config, run_dir, join):
         methods = tuned_methods(config, report)
         plan = run_study(config, methods, report, start)
         _write_results(config, methods, plan, report)

@@ -7,7 +7,14 @@ import pydantic
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from benchmarks.studies.methods import OURS, Method, methods_of, with_optimizer
+from benchmarks.studies.methods import (
+    OURS,
+    Method,
+    is_step_tuned,
+    methods_of,
+    with_learning_rate,
+    with_optimizer,
+)
 from benchmarks.studies.plan import parse_duration
 from benchmarks.studies.tasks import STUDY_TASKS, StudyTask
 from train.config import TrainingConfig
@@ -75,7 +82,7 @@ class CompareConfig:
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods, instead of their own rates."""
     momentum: Fraction[float] | None = None
-    """One momentum for all methods, instead of their own."""
+    """One momentum for all methods but Step-Tuned SGD, which has none."""
     weight_decay: NonNegative[float] | None = None
     """One weight decay for all methods, instead of their own."""
     trials: Annotated[int, pydantic.Field(ge=2)] | None = None
@@ -171,9 +178,13 @@ class CompareConfig:
 
     def _changed(self, optimizer: OptimizerConfig) -> OptimizerConfig:
         """Returns settings with those that are the same for all methods."""
-        names = ("learning_rate", "momentum", "weight_decay")
-        given = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {}
+        if self.momentum is not None and not is_step_tuned(optimizer):
+            given["momentum"] = self.momentum
+        if self.weight_decay is not None:
+            given["weight_decay"] = self.weight_decay
+        if self.learning_rate is not None:
+            optimizer = with_learning_rate(optimizer, self.learning_rate)
         return dataclasses.replace(optimizer, **given)
 
     @property

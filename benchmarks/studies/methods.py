@@ -91,14 +91,14 @@ def methods_of(
         joined.
     """
     chains = list(map(_chain, names))
-    if not chains:
+    if not chains and not optimizers:
         raise UsageError(f"techniques must be one or more of {', '.join(TECHNIQUES)}")
     own_settings = dict(task.own_settings) if base is None else {}
     base = base or task.base
     if base.optimizer == "sgd":
         own_settings.setdefault(_STEP_TUNED, (_step_tuned(base), base.optimizer))
-    _check_twice("technique", [chain.name for chain in chains])
-    _check_twice("optimizer", [base.optimizer, *optimizers])
+    _check_twice("technique", [(c.name, (c.techniques, c.options)) for c in chains])
+    _check_twice("optimizer", [(name, name) for name in (base.optimizer, *optimizers)])
 
     longer = f"{base.optimizer}, 2x epochs"
     baselines = {
@@ -128,9 +128,11 @@ def methods_of(
     return (*(m for m in baselines.values() if m.name in needed), *methods)
 
 
-def _check_twice(what: str, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
+def _check_twice(what: str, named: Sequence[tuple[str, object]]) -> None:
+    """Refuses names of which two mean the same."""
+    meanings = [meaning for _, meaning in named]
+    for name, meaning in named:
+        if meanings.count(meaning) > 1:
             raise UsageError(f"{what} {name!r} is named twice: leave one of them out")
 
 
@@ -144,24 +146,42 @@ def _other(base: OptimizerConfig, name: str) -> Method:
 
 def with_optimizer(base: OptimizerConfig, name: str) -> OptimizerConfig:
     """Returns settings with another optimizer and its usual learning rate."""
-    return dataclasses.replace(
-        base, optimizer=name, learning_rate=USUAL_RATES[name], momentum=0.9
-    )
+    changed = with_learning_rate(base, USUAL_RATES[name])
+    return dataclasses.replace(changed, optimizer=name, momentum=0.9)
+
+
+def with_learning_rate(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:
+    """Returns settings with another learning rate, and that of the head in proportion.
+
+    >>> base = OptimizerConfig(learning_rate=0.01, head_learning_rate=0.1)
+    >>> with_learning_rate(base, 0.02).head_learning_rate
+    0.2
+    """
+    head = optimizer.head_learning_rate
+    if head is not None:
+        head *= rate / optimizer.learning_rate
+    return dataclasses.replace(optimizer, learning_rate=rate, head_learning_rate=head)
 
 
 def _chain(text: str) -> _Chain:
     """Parses the techniques of a method; what replaces the gradient comes first."""
     parts = sorted(map(_part, text.split("+")), key=lambda part: -_gradients(part[0]))
-    options: dict[str, Any] = {}
-    for name, own in parts:
-        options |= {key: _value(name, key, value) for key, value in own.items()}
+    techniques = tuple(name for name, _ in parts)
+    if not TECHNIQUES.keys() & techniques:
+        raise UsageError(
+            f"{text} has no technique: join it with one, as optimizer+centralize"
+        )
     return _Chain(
         name="+".join(
-            ":".join([name, *(f"{key}={value}" for key, value in own.items())])
+            ":".join([name, *(f"{key}={text}" for key, text in own.items())])
             for name, own in parts
         ),
-        techniques=tuple(name for name, _ in parts),
-        options=options,
+        techniques=techniques,
+        options={
+            key: _value(name, key, text)
+            for name, own in parts
+            for key, text in own.items()
+        },
     )
 
 
@@ -177,23 +197,28 @@ def _part(text: str) -> tuple[str, dict[str, str]]:
         hint = "; separate techniques by spaces, and join those of one chain by +"
         raise UsageError(f"{error}{hint if ',' in name else ''}")
     known = TECHNIQUES[name].options if name in TECHNIQUES else ()
-    found = {}
+    found: dict[str, str] = {}
     for option in options:
-        key, _, value = option.partition("=")
+        key, value = (part.strip() for part in option.partition("=")[::2])
         if key not in known:
             raise unknown_name(f"option of {name}", key, known or ["none"])
+        if key in found:
+            raise UsageError(f"{key} of {name} is set twice: leave one of them out")
         found[key] = value
     return name, found
 
 
-def _value(name: str, key: str, text: str) -> Any:
+def _value(name: str, key: str, text: str) -> float | bool:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, float | int):
         raise UsageError(
             f"{key} of {name} must be a number, true or false, got {text!r}; write "
             f"{name}:{key}=VALUE"
-        ) from None
+        )
+    return value
 
 
 def _step_tuned(base: OptimizerConfig) -> OptimizerConfig:
@@ -207,6 +232,11 @@ def _step_tuned(base: OptimizerConfig) -> OptimizerConfig:
         learning_rate=round(base.learning_rate / (1 - base.momentum), 6),
         schedule="robbins_monro",
     )
+
+
+def is_step_tuned(optimizer: OptimizerConfig) -> bool:
+    """Whether the settings are those of Step-Tuned SGD, which has no momentum."""
+    return _STEP_TUNED in optimizer.techniques and optimizer.optimizer == "sgd"
 
 
 def compared(methods: Sequence[Method]) -> Iterator[tuple[Method, str, str]]:

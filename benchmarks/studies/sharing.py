@@ -5,10 +5,9 @@ appends its row. The system releases the locks of a process that ends, however i
 so another one takes over what it had begun.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import filelock
@@ -16,6 +15,8 @@ import filelock
 from train.output.run_folder import RunFolder
 
 _CLAIMS = ".claims"
+# Seconds between two looks at what the other processes have claimed.
+_POLL = 0.2
 
 
 def share(
@@ -33,39 +34,33 @@ def share(
       work: does a piece of work, by its name.
       done: returns the names of what is done, by any process.
     """
-    for wait in (False, True):
-        for name, do in work.items():
-            if name in done():
+    finished = done()
+    left = {
+        name: _lock(folder, hashlib.sha256(name.encode()).hexdigest()[:16])
+        for name in work
+        if name not in finished
+    }
+    while left:
+        for name, claim in tuple(left.items()):
+            try:
+                claimed = claim.acquire(timeout=0)
+            except filelock.Timeout:
                 continue
-            with _claim(folder.path, name, wait=wait) as is_mine:
-                if is_mine and name not in done():
-                    do()
+            with claimed:
+                if name not in done():
+                    work[name]()
+            del left[name]
+        if left:
+            time.sleep(_POLL)
 
 
 def append(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
     """Appends a record to a JSON Lines file, while no other process does."""
-    with filelock.FileLock(folder.path / _CLAIMS / "append.lock"):
+    with _lock(folder, "append"):
         folder.append(name, record)
 
 
-@contextlib.contextmanager
-def _claim(path: Path, name: str, *, wait: bool) -> Iterator[bool]:
-    """Claims a piece of work; yields whether this process has it.
-
-    Args:
-      path: the folder.
-      name: the name of the work.
-      wait: whether to wait while another process has it.
-    """
-    file = hashlib.sha256(name.encode()).hexdigest()[:16]
-    (path / _CLAIMS).mkdir(exist_ok=True)
-    lock = filelock.FileLock(path / _CLAIMS / f"{file}.lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def _lock(folder: RunFolder, name: str) -> filelock.BaseFileLock:
+    claims = folder.path / _CLAIMS
+    claims.mkdir(exist_ok=True)
+    return filelock.FileLock(claims / f"{name}.lock")

@@ -15,7 +15,7 @@ from scipy.stats import qmc
 
 from benchmarks.report import Report, Row
 from benchmarks.studies.config import CompareConfig
-from benchmarks.studies.methods import USUAL_RATES, Method
+from benchmarks.studies.methods import USUAL_RATES, Method, with_learning_rate
 from benchmarks.studies.runs import train
 from benchmarks.studies.sharing import append, share
 from benchmarks.studies.study import OpenedStudy
@@ -62,7 +62,7 @@ def tuned_methods(config: CompareConfig, report: Report) -> tuple[Method, ...]:
 
 def with_rate(method: Method, rate: float) -> Method:
     """Returns the method with another learning rate."""
-    optimizer = dataclasses.replace(method.optimizer, learning_rate=rate)
+    optimizer = with_learning_rate(method.optimizer, rate)
     return dataclasses.replace(method, optimizer=optimizer)
 
 

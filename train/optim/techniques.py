@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import pydantic
 
@@ -135,7 +136,10 @@ def _scale_each_by_random(key: jax.Array) -> optax.GradientTransformationExtraAr
         )
         return scaled, key
 
-    return optax.GradientTransformationExtraArgs(lambda params: key, update_fn)
+    # A copy: donating the state must not delete the key of the caller.
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jnp.copy(key), update_fn
+    )
 
 
 _ROWS = (

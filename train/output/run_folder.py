@@ -56,13 +56,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Lets other processes with the same settings use the folder within a block."""
+        """Lets other processes with the same settings use the folder within a block.
+
+        At its end this process waits until it has the folder again. An error does not.
+        """
         assert self._lock is not None
         self._lock.release()
-        try:
-            yield
-        finally:
-            self._lock.acquire(timeout=-1)
+        yield
+        self._lock.acquire(timeout=-1)
 
     def start(self) -> None:
         """Writes the settings and the environment, which marks the folder as used."""

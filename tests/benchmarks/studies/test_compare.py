@@ -16,10 +16,12 @@ from PIL import Image
 
 from benchmarks.studies import study
 from benchmarks.studies.config import CompareConfig
+from benchmarks.studies.methods import OURS
 from benchmarks.studies.plan import Cost
 from benchmarks.studies.tasks import STUDY_TASKS
 from train import data
 from train.errors import UsageError
+from train.tasks.recipes import RECIPES
 
 ROOT = Path(__file__).parents[3]
 SMALL = ("compare", "classification", "--dataset", "digits", "--epochs", "1")
@@ -183,6 +185,134 @@ def test_a_learning_rate_replaces_that_of_every_method():
     for method, before in zip(changed, own, strict=True):
         assert method.optimizer.learning_rate == 0.7
         assert method.optimizer.techniques == before.optimizer.techniques
+
+
+def method_named(config, name):
+    (method,) = (method for method in config.methods if method.name == name)
+    return method
+
+
+def test_momentum_and_decay_are_those_of_all_methods_but_step_tuned_sgd():
+    options = {"techniques": OURS, "optimizers": ("adam",)}
+    for recipe in (None, "rg_cifar10_resnet34"):
+        config = CompareConfig(
+            task="classification",
+            recipe=recipe,
+            momentum=0.75,
+            weight_decay=0.25,
+            **options,
+        )
+        assert len(config.methods) >= 7
+        for method in config.methods:
+            step_tuned = method.name == "barzilai_borwein_step"
+            assert method.optimizer.momentum == (0 if step_tuned else 0.75)
+            assert method.optimizer.weight_decay == 0.25
+    # It takes the steps that its baseline takes in the end: 0.1 / (1 - 0.75).
+    step_tuned = method_named(config, "barzilai_borwein_step")
+    assert step_tuned.optimizer.learning_rate == pytest.approx(0.4)
+
+
+def test_a_recipe_sets_all_but_the_techniques():
+    config = CompareConfig(
+        task="classification",
+        recipe="gc_cifar100_resnet50",
+        techniques=("centralize", "centralize:conv_only=false", "sam"),
+    )
+    recipe = RECIPES["gc_cifar100_resnet50"]()
+    names = ["sgd", "sgd, 2x epochs", *config.techniques]
+    assert [method.name for method in config.methods] == names
+    runs = [
+        config.run_config(method, config.usual_epochs, config.usual_batch_size)
+        for method in config.methods
+    ]
+    base = dataclasses.replace(recipe.optimizer, techniques=())
+    assert runs[0] == dataclasses.replace(recipe, optimizer=base)
+    assert runs[0].data.dataset == "cifar100"
+    assert runs[0].data.augment == ("pad_crop", "random_flip")
+    assert (runs[0].epochs, runs[0].batch_size) == (200, 128)
+    # Twice the epochs lower the learning rate at the same parts of the run.
+    assert runs[1].epochs == 400
+    assert runs[1].optimizer.milestones == (120, 240, 360)
+    # The options of the recipe's techniques are kept, unless a method sets them.
+    assert runs[2] == recipe
+    assert [run.optimizer.conv_only for run in runs] == [True] * 3 + [False, True]
+
+
+def test_flags_override_a_recipe():
+    config = CompareConfig(
+        task="classification",
+        recipe="rg_cifar10_resnet34",
+        dataset="digits",
+        model="resnet8",
+        epochs=3,
+        eval_every=2,
+        batch_size=7,
+        learning_rate=0.7,
+        weights="weights.safetensors",
+        techniques=("scale_by_random", "scale_by_random:probability=0.5"),
+    )
+    for method in config.methods:
+        run = config.run_config(method, config.usual_epochs, config.usual_batch_size)
+        assert run.data.dataset == "digits"
+        assert run.data.augment == ("pad_crop", "random_flip")
+        assert (run.model, run.epochs, run.batch_size) == ("resnet8", 3, 7)
+        assert run.eval_every == 2
+        assert run.weights == Path("weights.safetensors")
+        assert run.optimizer.learning_rate == 0.7
+        assert (run.optimizer.momentum, run.optimizer.schedule) == (0.5, "poly")
+    assert [m.optimizer.probability for m in config.methods] == [1.0, 1.0, 0.5]
+
+
+def test_options_of_the_techniques_of_a_recipe_are_kept():
+    config = CompareConfig(
+        task="segmentation", recipe="rg_voc_pspnet101", techniques=("scale_by_random",)
+    )
+    baseline, method = config.methods
+    assert baseline.optimizer.techniques == ()
+    assert method.optimizer.probability == 0.5
+    assert config.data.eval_split == "validation"
+
+
+def test_the_head_learns_faster_by_the_same_factor_at_every_rate():
+    options = {"task": "classification", "recipe": "gc_aircraft_resnet50"}
+    own = CompareConfig(**options, techniques=("centralize",))
+    assert (own.base.learning_rate, own.base.head_learning_rate) == (0.01, 0.1)
+    config = CompareConfig(**options, techniques=("centralize",), learning_rate=0.2)
+    for method in config.methods:
+        assert method.optimizer.head_learning_rate == pytest.approx(2.0)
+    with pytest.raises(UsageError, match="has one learning rate for all parameters"):
+        CompareConfig(**options, techniques=("barzilai_borwein_step",))
+
+
+def test_optimizers_are_compared_alone_if_no_technique_is_named():
+    config = CompareConfig(
+        task="segmentation", techniques=(), optimizers=("lamb", "sgd")
+    )
+    assert [method.name for method in config.methods] == ["adam", "lamb", "sgd"]
+
+
+def test_who_trains_and_how_much_does_not_make_another_study():
+    def described(**options):
+        return CompareConfig(task="classification", **options).described()
+
+    same = described()
+    for options in (
+        {"runners": 4},
+        {"runners": 4, "ray": "auto"},
+        {"seeds": 3},
+        {"budget": 60.0},
+    ):
+        assert described(**options) == same
+    for options in (
+        {"recipe": "gc_cifar100_resnet50"},
+        {"techniques": ("sam:rho=0.1",)},
+        {"optimizers": ("adam",)},
+        {"weights": "a.safetensors"},
+        {"momentum": 0.8},
+        {"weight_decay": 0.1},
+        {"eval_every": 2},
+    ):
+        assert described(**options) != same
 
 
 @pytest.mark.slow

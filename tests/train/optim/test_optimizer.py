@@ -10,6 +10,7 @@ import pytest
 import optax_tricks
 from tests.train.optim.chains import (
     HEAD,
+    KEY,
     PARAMS,
     SMALL,
     build,
@@ -21,7 +22,7 @@ from tests.train.optim.chains import (
 from train.errors import UsageError
 from train.optim.config import OPTIMIZERS
 from train.optim.optimizer import learning_rate
-from train.optim.techniques import TECHNIQUES
+from train.optim.techniques import TECHNIQUES, TechniqueOptions
 
 TWO_GRADIENTS = ("barzilai_borwein_step", "perturbed_unit_step", "sam")
 
@@ -229,6 +230,120 @@ def test_sam_is_that_of_its_paper(x64):
         w = w - rate * trace
     params, _ = run(build(config("sam", rho=rho)), 4, params=jnp.asarray(start))
     np.testing.assert_allclose(params, w, rtol=1e-12)
+
+
+def test_sam_can_move_arrays_of_fewer_than_two_dimensions_alone(x64):
+    rho, rate = 0.5, 0.1
+    start = {
+        "kernel": np.array([[1.0, -2.0], [3.0, 0.5]]),
+        "scale": np.array([0.5, -1.0, 2.0]),
+        "bias": np.array([1.0]),
+        "gain": np.array(0.25),
+    }
+
+    def product(w):  # so that every gradient depends on all arrays
+        return w["kernel"].sum() * w["scale"].sum() * w["bias"].sum() * w["gain"]
+
+    def gradient(w):
+        return {name: np.full(w[name].shape, product(w) / w[name].sum()) for name in w}
+
+    g = gradient(start)
+    length = np.sqrt(sum((g[name] ** 2).sum() for name in ("scale", "bias", "gain")))
+    moved = {
+        name: w if name == "kernel" else w + rho * g[name] / length
+        for name, w in start.items()
+    }
+    chosen = config(
+        *("sam",),
+        **{"rho": rho, "norms_only": True, "learning_rate": rate},
+        **{"momentum": 0.0, "weight_decay": 0.0},
+    )
+    params, _ = run(
+        build(chosen),
+        1,
+        lambda params, step: jax.grad(product)(params),
+        params=jax.tree.map(jnp.asarray, start),
+    )
+    for name, second in gradient(moved).items():
+        expected = start[name] - rate * second
+        np.testing.assert_allclose(params[name], expected, rtol=1e-12)
+
+
+def test_sam_that_moves_no_kernel_takes_the_gradient_if_there_are_only_kernels():
+    kernel = PARAMS["conv"]
+    params, _ = run(build(config("sam", norms_only=True)), 2, params=kernel)
+    expected, _ = run(build(config()), 2, params=kernel)
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
+def factors(name, steps, gradients):
+    """The factors of a technique on each element of the gradients, by step."""
+    tx = TECHNIQUES[name].build(TechniqueOptions(), optax.constant_schedule(1.0), KEY)
+
+    def step(state, _):
+        updates, state = tx.update(gradients, state, gradients)
+        return state, jax.tree.map(lambda u, g: u / g, updates, gradients)
+
+    return jax.lax.scan(step, tx.init(gradients), length=steps)[1]
+
+
+def test_each_array_has_a_random_factor_of_its_own():
+    gradients = {"a": jnp.full((2, 3), 2.0), "b": {"c": jnp.array([1.0, -4.0])}}
+    a, c = map(
+        np.asarray, jax.tree.leaves(factors("scale_each_by_random", 2000, gradients))
+    )
+    for found in (a.reshape(2000, -1), c):
+        np.testing.assert_allclose(found, found[:, :1] * np.ones_like(found), rtol=1e-6)
+        assert 0 <= found.min() < 0.01
+        assert 0.99 < found.max() < 1
+        # The standard error of the mean is 0.0065.
+        np.testing.assert_allclose(found[:, 0].mean(), 0.5, atol=0.03)
+        assert len(np.unique(found[:, 0])) > 1990
+    # The arrays are independent, and so are the steps of each.
+    a, c = a[:, 0, 0], c[:, 0]
+    for one, other in ((a, c), (a[1:], a[:-1]), (c[1:], c[:-1]), (a[1:], c[:-1])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+
+
+def test_a_random_factor_keeps_the_dtype_and_what_is_no_array():
+    gradients = {"a": jnp.ones(3, jnp.bfloat16), "b": None, "c": jnp.ones(2)}
+    tx = build(config("scale_each_by_random", weight_decay=0.0))
+    updates, _ = tx.update(gradients, tx.init(gradients), gradients)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradients)
+
+
+def test_random_factors_do_not_delete_the_key_of_the_caller():
+    """Both keep a key in their states, which a training step donates."""
+    key = jax.random.key(1)
+    tx = build(config("scale_by_random", "scale_each_by_random"), key=key)
+    step = jax.jit(lambda state: tx.update(SMALL, state, SMALL)[1], donate_argnums=0)
+    step(tx.init(SMALL))
+    jax.random.uniform(key)
+
+
+def test_a_triangle_rises_and_falls_in_ten_steps_each():
+    found = factors("scale_by_triangle", 41, jnp.array([1.0, -3.0]))
+    rise = np.arange(10) / 10
+    wave = np.concatenate([rise, 1 - rise])
+    expected = np.concatenate([wave, wave, [0.0]])
+    np.testing.assert_allclose(found, np.stack([expected] * 2, axis=1), atol=1e-6)
+    assert wave.mean() == pytest.approx(0.5)  # as that of Random Gradient
+
+
+def test_equal_limits_fix_the_step_size_of_step_tuned_sgd():
+    free, fixed = (
+        config("barzilai_borwein_step", momentum=0.0, **limits)
+        for limits in ({}, {"min_scale": 1.0, "max_scale": 1.0})
+    )
+    assert bb_step_sizes(fixed) == [1.0] * 6
+    assert len(set(bb_step_sizes(free))) >= 3
+
+
+def bb_step_sizes(config):
+    return [
+        float(optax.tree.get(run(build(config), steps)[1], "bb_step_size"))
+        for steps in range(1, 7)
+    ]
 
 
 def test_clipping_comes_after_the_technique_that_replaces_the_gradient():
