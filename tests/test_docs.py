@@ -128,13 +128,15 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, one_device):
             assert names["logits"].shape == names["expected"]
 
 
-def test_the_numbers_of_the_choice_are_those_of_the_digits():
-    choice, digits = (
-        " ".join(PAGES[name].split()) for name in ("choose.md", "digits.md")
+def test_the_numbers_of_the_choice_are_those_of_the_studies():
+    choice, digits, studies = (
+        " ".join(PAGES[name].split())
+        for name in ("choose.md", "digits.md", "studies.md")
     )
     differences = re.findall(r"[+-][\d.]+ \[[^]]+\]", choice)
-    assert len(differences) == 6
-    assert all(difference in digits for difference in differences)
+    assert len(differences) == 15
+    assert all(difference in digits for difference in differences[:6])
+    assert all(difference in studies for difference in differences[6:])
     sgd, twice = (
         float(re.search(rf"\| {name} \| 1 \| ([\d.]+)", digits)[1])
         for name in ("sgd", "sgd, 2x epochs")
