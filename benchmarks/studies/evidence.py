@@ -10,6 +10,7 @@ from benchmarks.studies.catalogue import STUDIES, Study
 from benchmarks.studies.methods import OURS, Method
 from benchmarks.studies.papers import CLAIMS, Claim, Published
 from benchmarks.studies.results import (
+    Comparison,
     Summary,
     ToTarget,
     complete_seeds,
@@ -146,8 +147,7 @@ The studies on this page are declared in
 [results/studies](../benchmarks/results/studies). The first command lists them, the
 second one runs one of them or adds seeds to it, and the third one makes this page from
 the rows. [compare.md](compare.md) explains the columns and the verdicts. Each study is
-a small network on few images: what helps here need not help elsewhere. The machines did
-other work too, so the milliseconds are rough.
+a small network on few images: what helps here need not help elsewhere.
 """
 
 _FIGURE = """
@@ -196,33 +196,63 @@ def _section(each: Finished) -> str:
         chosen = f"the best of {config.trials} for each method, on validation examples"
     about = f"{each.study.about[0].upper()}{each.study.about[1:]}"
     header = (
-        *("method", "rate", f"{config.study_task.title} %", "against", "at equal"),
-        *("difference", "verdict"),
+        *("method", "rate", f"{config.study_task.title} %"),
+        *("at equal epochs", "at equal gradients"),
     )
-    table = markdown(header, [row for s in each.summaries for row in _rows(s)])
+    table = markdown(header, list(map(_row, each.summaries)))
     return (
         f"\n## {each.study.name}\n\n{about}. "
         f"{each.plan['train_examples']:,} images to train and "
         f"{each.plan['eval_examples']:,} to test, epochs: {each.plan['epochs']}, "
         f"batches of {each.plan['batch_size']}, {len(each.seeds)} seeds. Learning "
-        f"rates: {chosen}. {_environment(each.rows)}\n\n{table}"
+        f"rates: {chosen}. {_environment(each.rows)}\n\n{table}\n{_below(each)}\n"
     )
 
 
-def _rows(summary: Summary) -> list[tuple[str, ...]]:
-    """Returns the rows of a method, one for each comparison."""
+def _row(summary: Summary) -> tuple[str, ...]:
+    """Returns the row of a method."""
     failed = f" ({summary.failures} diverged)" if summary.failures else ""
-    method = (
+    cells = ["baseline"] if not summary.comparisons else map(_cell, summary.comparisons)
+    epochs, gradients = (*cells, "")[:2]
+    return (
         summary.method.name,
         f"{summary.method.optimizer.learning_rate:g}",
         f"{summary.mean:.2f} ± {summary.std:.2f}{failed}",
+        epochs,
+        gradients,
     )
-    if not summary.comparisons:
-        return [(*method, "", "", "", "baseline")]
-    return [
-        (*method, each.against, each.equal, difference(each), each.verdict)
-        for each in summary.comparisons
-    ]
+
+
+def _cell(comparison: Comparison) -> str:
+    """Returns a difference, with its verdict if there is one."""
+    effect = comparison.effect
+    clear = f"{comparison.verdict}: " if effect.helps or effect.hurts else ""
+    return f"{clear}{difference(comparison)}"
+
+
+def _below(each: Finished) -> str:
+    """Returns what the differences are against, and which would have been seen."""
+    base = each.methods[0].name
+    others = {
+        summary.method.name: comparison.against
+        for summary in each.summaries
+        for comparison in summary.comparisons[:1]
+        if comparison.against != base
+    }
+    against = "".join(
+        f"; those of {', '.join(f'`{k}`' for k, v in others.items() if v == name)} are "
+        f"from `{name}`"
+        for name in dict.fromkeys(others.values())
+    )
+    if any(method.equal_gradients for method in each.methods):
+        against += f"; those at equal gradients are from `{base}, 2x epochs`"
+    effects = [c.effect for s in each.summaries for c in s.comparisons]
+    seen = [f"{bound(e.detectable for e in effects):.2f}" for bound in (min, max)]
+    return (
+        f"Differences at equal epochs are from `{base}`{against}. Verdicts count all "
+        f"{len(effects)} comparisons of the study. Differences of {seen[0]} to {seen[1]} points, "
+        "depending on the method, would have been seen with 80 % power."
+    )
 
 
 def _environment(rows: Sequence[Row]) -> str:
