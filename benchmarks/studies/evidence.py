@@ -250,8 +250,9 @@ def _below(each: Finished) -> str:
     seen = [f"{bound(e.detectable for e in effects):.2f}" for bound in (min, max)]
     return (
         f"Differences at equal epochs are from `{base}`{against}. Verdicts count all "
-        f"{len(effects)} comparisons of the study. Differences of {seen[0]} to {seen[1]} points, "
-        "depending on the method, would have been seen with 80 % power."
+        f"{len(effects)} comparisons of the study. Differences of {seen[0]} to "
+        f"{seen[1]} points, depending on the method, would have been seen with 80 % "
+        "power."
     )
 
 
