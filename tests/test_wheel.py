@@ -56,6 +56,7 @@ def test_every_guide_is_for_users_of_pip():
     assert {"README.md", "docs/index.md"} <= PAGES.keys()
 
 
+@pytest.mark.slow
 def test_blocks_of_pages_run(with_extras):
     results = json.loads(with_extras.run(RUN_PAGES, json.dumps(PAGES)))
     assert results.keys() == PAGES.keys()

@@ -198,6 +198,7 @@ def test_a_run_killed_twice_ends_as_if_undisturbed(call, tmp_path, undisturbed, 
     assert_all_go_on(call, runs, undisturbed)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_though_all_steps_were_done(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)
@@ -283,6 +284,7 @@ def interrupt_twice():
     threading.Event().wait()  # for a thread to end this process
 
 
+@pytest.mark.slow
 def test_interrupted_twice_it_ends_at_once(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     ended = call(folder, at="append steps.jsonl 3", action=interrupt_twice)
@@ -514,6 +516,7 @@ def test_a_disk_that_is_full_at_any_point_is_said(call, tmp_path, undisturbed, p
     assert_goes_on(call, folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint_is_said_before_it_is_begun(
     call, tmp_path, undisturbed
 ):
@@ -526,6 +529,7 @@ def test_no_room_for_a_checkpoint_is_said_before_it_is_begun(
     assert_goes_on(call, folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
     # The third save begins when the second is done.

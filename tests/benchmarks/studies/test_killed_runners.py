@@ -163,6 +163,7 @@ def undisturbed(scratch):
     return scratch / "0", points
 
 
+@pytest.mark.slow
 def test_a_runner_meets_the_events_of_its_share(undisturbed):
     _, points = undisturbed
     for name, met in points.items():
