@@ -140,7 +140,6 @@ _desk(
     "small pix2pix on drawn scenes of digits, 100 images",
     "translation",
     train_examples=100,
-    trials=3,
     seeds=5,
     eval_every=2,
     techniques=("scale_by_random", "scale_by_mean", "centralize", "optax_centralize"),

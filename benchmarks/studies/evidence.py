@@ -191,7 +191,7 @@ def page(studies: Sequence[Finished]) -> str:
 def _section(each: Finished) -> str:
     """Returns the section of a study."""
     config = each.study.config()
-    chosen = "as in digits.md, not chosen for these images"
+    chosen = "the usual ones, not chosen for these images"
     if config.trials:
         chosen = f"the best of {config.trials} for each method, on validation examples"
     about = f"{each.study.about[0].upper()}{each.study.about[1:]}"
