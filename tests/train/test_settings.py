@@ -294,7 +294,8 @@ _PAGE = r"(; see docs/\S+)?$"  # what needs explaining names its page
 @pytest.mark.parametrize(("kind", "name"), fields_of_configs())
 def test_a_wrong_type_is_refused_for_every_setting(kind, name):
     for wrong in (Stranger(), {"stranger": 1}, b"stranger"):
-        message = rf"^{name} (must be|is not allowed: ).+, got {re.escape(repr(wrong))}{_PAGE}"
+        got = f"got {re.escape(repr(wrong))}{_PAGE}"
+        message = rf"^{name} (must be|is not allowed: ).+, {got}"
         with pytest.raises(UsageError, match=message):
             kind(**{name: wrong})
 
