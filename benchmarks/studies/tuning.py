@@ -1,7 +1,7 @@
 """Learning rates for the methods of a study, from the same number of trials for each.
 
-All methods try the same rates, on validation examples and from seeds that are not
-compared. So no method is tuned better than another, and none has seen the test
+All methods try as many rates over the same range around the usual one of their optimizer,
+on validation examples and from seeds that are not compared. So no method is tuned better than another, and none has seen the test
 examples.
 """
 
@@ -148,6 +148,6 @@ def about_trials(config: CompareConfig) -> str:
     if config.trials is None:
         return "not chosen for these images"
     return (
-        f"the best of {config.trials} for each method, the same for all, on validation "
-        f"examples and from {len(_SEEDS)} other seeds"
+        f"the best of {config.trials} for each method, on validation examples and from "
+        f"{len(_SEEDS)} other seeds"
     )
