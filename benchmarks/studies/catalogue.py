@@ -1,7 +1,8 @@
 """The studies that are declared: their settings, for anyone to run.
 
 `desk` studies fit two CPU cores, `lab` studies an hour on one GPU, and `paper` studies
-have the settings of a paper. `benchmarks.studies.papers` says which claims they test.
+have the settings of a paper. `benchmarks.studies.papers` says which claims each one
+goes with.
 
 >>> study = STUDIES["digits_nulls"]
 >>> study.config().task, study.scale

@@ -28,8 +28,8 @@ def studies(
     """List the declared studies, run one of them, or make the page of all results.
 
     Args:
-      action: `list` shows the studies and which claims of the papers they test. `run`
-        trains the runs of a study that have no row yet. `report` writes
+      action: `list` shows the studies, and the claims of the papers that they go
+        with. `run` trains the runs of a study that have no row yet. `report` writes
         docs/studies.md and its figures from the rows.
       name: the study to run.
       seeds: runs of each method, if not as many as declared.

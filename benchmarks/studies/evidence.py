@@ -18,7 +18,7 @@ from benchmarks.studies.results import (
     summarize,
     to_target,
 )
-from benchmarks.studies.tuning import TRIALS, best_rates, with_rate
+from benchmarks.studies.tuning import TRIALS, about_trials, best_rates, with_rate
 from train import plots
 from train.output.run_folder import RunFolder
 
@@ -147,15 +147,17 @@ The studies on this page are declared in
 [results/studies](../benchmarks/results/studies). The first command lists them, the
 second one runs one of them or adds seeds to it, and the third one makes this page from
 the rows. [compare.md](compare.md) explains the columns and the verdicts. Each study is
-a small network on few images: what helps here need not help elsewhere.
+a small network on few images: what helps here need not help elsewhere. The intervals
+belong to the learning rates that are shown. They leave out that the trials might have
+chosen others.
 """
 
 _FIGURE = """
 ![differences of the four techniques from their baselines](studies.png)
 
 The difference of each technique from its baseline at equal epochs, in points with 95 %
-intervals; to the right is better. A filled dot marks a difference that helps after
-Holm's correction, or hurts.
+intervals; to the right is better. A filled dot marks a difference that is clear after
+Holm's correction.
 """
 
 _PROFILES = """
@@ -164,17 +166,20 @@ _PROFILES = """
 ![performance profiles of the four techniques](profiles.png)
 
 These are the studies that have all four techniques. The target of a study is the worst
-final score of its baseline. A line shows in which share of the studies a method reaches
-the target with at most so many times the gradients of the best method. A method that
-does not reach it in half of its runs never counts.
+final score of its first baseline, and it is looked for at the points of the learning
+curves. A line shows in which share of the studies a method reaches the target with at
+most so many times the gradients of the best method. A study in which at most half of
+the runs of a method reach the target never counts for it. With few studies, one study
+is a large share.
 """
 
 _PAPERS = """
 ## Beside the papers
 
-"Ours" are the differences of our studies of the same question, in points with 95 %
-intervals. They have other networks, images and lengths of training, so they neither
-confirm nor refute a number beside them.
+"Ours" are the differences that our smaller studies found for the same technique, in
+points with 95 % intervals. They have other networks, images and lengths of training,
+and often other momenta and learning rates, so they neither confirm nor refute a claim
+beside them.
 """
 
 
@@ -191,9 +196,6 @@ def page(studies: Sequence[Finished]) -> str:
 def _section(each: Finished) -> str:
     """Returns the section of a study."""
     config = each.study.config()
-    chosen = "the usual ones, not chosen for these images"
-    if config.trials:
-        chosen = f"the best of {config.trials} for each method, on validation examples"
     about = f"{each.study.about[0].upper()}{each.study.about[1:]}"
     header = (
         *("method", "rate", f"{config.study_task.title} %"),
@@ -205,7 +207,8 @@ def _section(each: Finished) -> str:
         f"{each.plan['train_examples']:,} images to train and "
         f"{each.plan['eval_examples']:,} to test, epochs: {each.plan['epochs']}, "
         f"batches of {each.plan['batch_size']}, {len(each.seeds)} seeds. Learning "
-        f"rates: {chosen}. {_environment(each.rows)}\n\n{table}\n{_below(each)}\n"
+        f"rates: {about_trials(config)}. {_environment(each.rows)}\n\n{table}\n"
+        f"{_below(each)}\n"
     )
 
 
@@ -257,23 +260,32 @@ def _below(each: Finished) -> str:
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    where = rows[-1]["environment"]
-    commits = sorted({row["environment"]["commit"] for row in rows})
-    return f"{where['processor']}, jax {where['jax']}, commit {', '.join(commits)}."
+    """Returns all hardware and versions that the rows come from."""
+    found = [row["environment"] for row in rows]
+    parts = (
+        {e["processor"] if "(cpu)" in e["device"] else e["device"] for e in found},
+        {f"jax {e['jax']}" for e in found},
+        {f"commit {e['commit']}" for e in found},
+    )
+    return f"{', '.join(text for part in parts for text in sorted(part))}."
 
 
 def _claim(claim: Claim, studies: Mapping[str, Finished]) -> str:
     """Returns the part of the page about a table or figure of a paper."""
-    ours = [name for name in claim.studies if name in studies]
-    found = "; ".join(_ours(claim, studies[name]) for name in ours)
+
+    def found(names: Sequence[str]) -> str:
+        return "; ".join(_ours(claim, studies[n]) for n in names if n in studies)
+
     lines = f"\n### {claim.source}\n\n{claim.says[0].upper()}{claim.says[1:]}.\n"
     if claim.rows:
         rows = [_published(claim, row, studies) for row in claim.rows]
         head = (claim.metric, "published without", "with", "ours, same settings")
         lines += "\n" + markdown(head, rows)
     else:
-        lines += f"\nWith the settings of the paper: not run, needs {claim.needs}.\n"
-    return lines + f"\nOurs: {found or 'no study has been run yet'}.\n"
+        same = found(claim.paper) or f"not run, needs {claim.needs}"
+        lines += f"\nWith the settings of the paper: {same}.\n"
+    ours = found((*claim.lab, *claim.desk)) or "no study has been run yet"
+    return f"{lines}\nOurs: {ours}.\n"
 
 
 def _published(

@@ -1,7 +1,8 @@
 """What the papers publish, and the studies that try the same.
 
-Each claim names the studies of `benchmarks.studies.catalogue` that test it: with the
-settings of the paper, in an hour on one GPU, and on two CPU cores.
+Each claim names the studies of `benchmarks.studies.catalogue` that go with it: those
+with the settings of the paper, and smaller ones of the same technique for an hour on
+one GPU and for two CPU cores.
 
 >>> CLAIMS[0].source
 'Random Gradient, Table 1'
@@ -40,8 +41,8 @@ class Claim:
       rows: its numbers.
       needs: what it takes to run it with the settings of the paper.
       paper: studies with the settings of the paper.
-      lab: studies of the same question for an hour on one GPU.
-      desk: studies of the same question on two CPU cores.
+      lab: studies of the same technique for an hour on one GPU.
+      desk: studies of the same technique on two CPU cores.
     """
 
     source: str
@@ -56,22 +57,21 @@ class Claim:
 
     @property
     def studies(self) -> tuple[str, ...]:
-        """The studies that test it, those of the paper's settings first."""
+        """The studies that go with it, those with the paper's settings first."""
         own = (*(row.study for row in self.rows), *self.paper)
         return tuple(
             dict.fromkeys(name for name in (*own, *self.lab, *self.desk) if name)
         )
 
 
-_NONE = "not published"
 _CIFAR_NETWORKS = "CIFAR-100, and one GPU for hours to days per network"
 _RESNET50 = "CIFAR-100, and one GPU for about two days per row"
 
 CLAIMS = (
     Claim(
         source="Random Gradient, Table 1",
-        says="PSPNet-101 on PASCAL VOC 2012: helps at high learning rates and momenta, "
-        "but for one of four settings",
+        says="PSPNet-101 on PASCAL VOC 2012: better in two of four settings, and worse "
+        "at the smallest rate and where rate and momentum are highest",
         technique="scale_by_random",
         metric="mean IoU (%)",
         rows=(
@@ -268,7 +268,7 @@ CLAIMS = (
             Published("ViT-B/16, Tiny ImageNet", "not published", "90.74"),
             Published("DeiT-B/16, Tiny ImageNet", "not published", "91.02"),
         ),
-        needs="the dataset, ImageNet-21k weights, and one GPU for hours per row",
+        needs="the dataset, ImageNet weights, and one GPU for hours per row",
         desk=("fine_tuning",),
     ),
 )
