@@ -87,8 +87,8 @@ class CompareConfig:
     """One weight decay for all methods, instead of their own."""
     trials: Annotated[int, pydantic.Field(ge=2)] | None = None
     """Learning rates to try for each method, at least 2, before it is compared with the
-    best one. All methods try the same rates, on validation examples and from two seeds
-    that are not compared."""
+    best one. Methods with the same optimizer try the same rates, on validation examples
+    and from two seeds that are not compared."""
     epochs: Positive[int] | None = None
     """Passes over the training examples; within a budget, the most passes. 15 for
     classification and 10 for the others if unset."""

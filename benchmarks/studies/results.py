@@ -274,8 +274,8 @@ def about_differences(seeds: int, task: StudyTask) -> str:
     return (
         f"Differences are points of {task.title}, paired over {seeds} seeds, with 95 % "
         f"intervals (Student's t); above zero is {better}. Verdicts count all "
-        "comparisons of the study (Holm's correction), so in 19 of 20 studies without "
-        "any effect none is found. Runs that diverged count."
+        "comparisons of the study (Holm's correction), so in at least 19 of 20 studies "
+        "without any effect none is found. Runs that diverged count."
     )
 
 

@@ -1,8 +1,8 @@
 """Learning rates for the methods of a study, from the same number of trials for each.
 
 All methods try as many rates, over the same range around the usual one of their
-optimizer, on validation examples and from seeds that are not compared. So no method is
-tuned better than another, and none has seen the test examples.
+optimizer, on validation examples and from seeds that are not compared. So no method has
+more trials than another, and none has seen the test examples.
 """
 
 import dataclasses
