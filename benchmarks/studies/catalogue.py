@@ -29,12 +29,14 @@ class Study:
       scale: how much hardware it takes.
       about: network and data in words.
       settings: the settings of `CompareConfig` that are not the default.
+      pretrained: whether its runs start from weights that whoever runs it names.
     """
 
     name: str
     scale: Scale
     about: str
     settings: Mapping[str, Any]
+    pretrained: bool = False
 
     def config(self, **changes: Any) -> CompareConfig:
         """Returns the settings of the study.
@@ -48,9 +50,21 @@ class Study:
 STUDIES: dict[str, Study] = {}
 
 
-def _declare(scale: Scale, name: str, about: str, task: str, **settings: Any) -> None:
+def _declare(
+    scale: Scale,
+    name: str,
+    about: str,
+    task: str,
+    *,
+    pretrained: bool = False,
+    **settings: Any,
+) -> None:
     STUDIES[name] = Study(
-        name=name, scale=scale, about=about, settings={"task": task, **settings}
+        name=name,
+        scale=scale,
+        about=about,
+        settings={"task": task, **settings},
+        pretrained=pretrained,
     )
 
 
@@ -107,6 +121,7 @@ _desk(
     "fine_tuning",
     "ResNet-20 from CIFAR-10, fine-tuned to 300 images of digits at 16x16",
     "classification",
+    pretrained=True,
     model="resnet20",
     dataset="digits",
     image_size=(16, 16),
@@ -315,6 +330,7 @@ for name, dataset in (
         f"gc_{name}",
         f"ResNet-50 from ImageNet, fine-tuned on {dataset}",
         "classification",
+        pretrained=True,
         recipe="gc_aircraft_resnet50",
         dataset=dataset,
         techniques=("centralize",),
@@ -346,6 +362,7 @@ for dataset in ("cifar10", "cifar100"):
         f"pugd_vit_{dataset}",
         f"ViT-B/16 from ImageNet, fine-tuned on {dataset}",
         "classification",
+        pretrained=True,
         recipe="pugd_cifar10_vit",
         dataset=dataset,
         techniques=("perturbed_unit_step",),

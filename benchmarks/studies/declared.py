@@ -48,6 +48,8 @@ def studies(
         raise UsageError("name the study to run; python -m benchmarks studies list")
     elif name not in STUDIES:
         raise unknown_name("study", name, STUDIES)
+    elif STUDIES[name].pretrained and weights is None:
+        raise UsageError(f"{name} starts from pretrained weights: set weights")
     else:
         changes = {"seeds": seeds, "ray": ray, "weights": weights}
         given = {key: value for key, value in changes.items() if value is not None}

@@ -143,9 +143,10 @@ def test_a_profile_divides_by_the_best_method_of_each_study():
     [
         (("run",), "name the study to run"),
         (("run", "digits_null"), "unknown study 'digits_null'; did you mean digits_n"),
+        (("run", "gc_cars"), "gc_cars starts from pretrained weights: set weights"),
     ],
 )
-def test_a_study_that_is_not_declared_is_refused(arguments, message):
+def test_a_study_that_cannot_be_run_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         declared.studies(*arguments)
 
