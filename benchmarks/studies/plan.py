@@ -70,7 +70,7 @@ class Cost:
     Attributes:
       start: time to make the first state.
       step: time of a training step.
-      evaluation: time of one evaluation.
+      evaluation: time of evaluations in an epoch, on average.
       steps_per_epoch: number of steps in an epoch.
       epochs_factor: factor of the method on the epochs of the study.
     """
@@ -111,7 +111,7 @@ def measure(program: Program, epochs_factor: int) -> Cost:
     return Cost(
         start=started,
         step=step,
-        evaluation=time.perf_counter() - start,
+        evaluation=(time.perf_counter() - start) / program.config.eval_every,
         steps_per_epoch=program.steps_before(1),
         epochs_factor=epochs_factor,
     )
