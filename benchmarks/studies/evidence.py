@@ -18,6 +18,7 @@ from benchmarks.studies.results import (
     summarize,
     to_target,
 )
+from benchmarks.studies.study import PLANS
 from benchmarks.studies.tuning import TRIALS, about_trials, best_rates, with_rate
 from train import plots
 from train.output.run_folder import RunFolder
@@ -28,7 +29,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A study that has rows of two seeds at least.
+    """A study with rows of at least two seeds.
 
     Attributes:
       study: the study.
@@ -74,7 +75,7 @@ def read(study: Study) -> Finished | None:
         methods=methods,
         rows=rows,
         seeds=seeds,
-        plan=folder.read("plans.jsonl")[-1],
+        plan=folder.read(PLANS)[-1],
     )
 
 

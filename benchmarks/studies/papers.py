@@ -64,7 +64,6 @@ class Claim:
         )
 
 
-_CIFAR_NETWORKS = "CIFAR-100, and one GPU for hours to days per network"
 _RESNET50 = "CIFAR-100, and one GPU for about two days per row"
 
 CLAIMS = (
@@ -138,7 +137,7 @@ CLAIMS = (
                 ("DenseNet-121", "densenet121_cifar", "79.31 ± 0.33", "79.68 ± 0.40"),
             )
         ),
-        needs=_CIFAR_NETWORKS,
+        needs="CIFAR-100, and one GPU for hours to days per network",
         lab=("gc_cifar10_lab",),
         desk=("digits_nulls", "cifar10_1000", "fashion_1000"),
     ),

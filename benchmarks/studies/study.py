@@ -27,7 +27,7 @@ from train.progress import Progress, Reporter, shown_on
 from train.tasks import TASKS
 from train.tasks.base import check_images
 
-_PLANS = "plans.jsonl"  # the last one holds
+PLANS = "plans.jsonl"  # the last one holds
 
 # The number of seeds if it is not set: without a budget, and the most within one.
 _SEEDS = 5
@@ -90,7 +90,7 @@ def run_study(
     Raises:
       UsageError: if the settings do not fit the data, or if the budget is too small.
     """
-    plans = [_plan_from(record) for record in report.folder.read(_PLANS)]
+    plans = [_plan_from(record) for record in report.folder.read(PLANS)]
     old = plans[-1] if plans else None
     if old is not None and old.is_for(config) and not _missing(methods, report, old):
         return old
@@ -116,7 +116,7 @@ def run_study(
         f"{' by one process' if config.runners > 1 else ''}"
     )
     report.folder.start()
-    report.folder.append(_PLANS, dataclasses.asdict(plan))
+    report.folder.append(PLANS, dataclasses.asdict(plan))
     end = start + config.budget - _RESERVE if config.budget else math.inf
     with progress("training", steps) as reporter, report.folder.shared():
         _train_missing(opened, plan, report, reporter, seconds, end)
