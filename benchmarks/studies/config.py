@@ -1,6 +1,7 @@
 """The settings of a study."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -77,8 +78,8 @@ class CompareConfig:
     """Settings of a paper for everything but the techniques, as `python -m train
     recipes` lists them; the flags that are given override them."""
     weights: AnyPath | None = None
-    """Pretrained weights that all runs start from, for classification. The head is new,
-    and images are normalized as for ImageNet."""
+    """Pretrained weights that all runs start from, of the backbone for segmentation.
+    The head is new, and images are normalized as for ImageNet."""
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods, instead of their own rates."""
     momentum: Fraction[float] | None = None
@@ -123,8 +124,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if type(self._start) is not self.study_task.config_type:
             raise UsageError(f"recipe {self.recipe} is not for {self.task}")
-        if self.weights is not None and self.task != "classification":
-            raise UsageError("weights are for classification: leave them out")
+        if self.weights is not None and self.task == "translation":
+            raise UsageError("weights are not for translation: leave them out")
         if self.optimizers and self.learning_rate is not None:
             raise UsageError(
                 "optimizers and learning_rate exclude each other: other optimizers "
@@ -240,15 +241,15 @@ class CompareConfig:
         if self.model is not None:
             changes[self.study_task.network] = self.model
         if self.weights is not None:
-            changes |= {"weights": self.weights, "new_head": True}
-            changes["normalization"] = "imagenet"
+            changes |= _pretrained(self.task, self.weights)
+        epochs *= method.epochs_factor
         return dataclasses.replace(
             self._start,
             data=self.data,
-            epochs=epochs * method.epochs_factor,
+            epochs=epochs,
             batch_size=batch_size,
             eval_every=self.eval_every,
-            optimizer=_stretched(method.optimizer, method.epochs_factor),
+            optimizer=_stretched(method.optimizer, epochs / self._start.epochs),
             **changes,
         )
 
@@ -267,7 +268,15 @@ class CompareConfig:
         }
 
 
-def _stretched(optimizer: OptimizerConfig, factor: int) -> OptimizerConfig:
-    """Returns the settings for a run of more epochs."""
-    milestones = tuple(factor * epoch for epoch in optimizer.milestones)
-    return dataclasses.replace(optimizer, milestones=milestones)
+def _pretrained(task: str, weights: Path) -> dict[str, Any]:
+    """Returns the settings of runs that start from pretrained weights."""
+    own: dict[str, Any] = {"backbone_weights": weights}
+    if task == "classification":
+        own = {"weights": weights, "new_head": True}
+    return {"normalization": "imagenet", **own}
+
+
+def _stretched(optimizer: OptimizerConfig, factor: float) -> OptimizerConfig:
+    """Returns the settings for a run of more epochs, or of fewer."""
+    scaled = {max(1, round(factor * epoch)) for epoch in optimizer.milestones}
+    return dataclasses.replace(optimizer, milestones=tuple(sorted(scaled)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import ROWS, Row, markdown
+from benchmarks.report import ROWS, Row, markdown, with_range
 from benchmarks.studies.catalogue import STUDIES, Study
 from benchmarks.studies.methods import OURS, Method
 from benchmarks.studies.papers import CLAIMS, Claim, Published
@@ -18,10 +18,21 @@ from benchmarks.studies.results import (
     summarize,
     to_target,
 )
+from benchmarks.studies.statistics import effects_of
 from benchmarks.studies.study import PLANS
 from benchmarks.studies.tuning import TRIALS, about_trials, best_rates, with_rate
 from train import plots
 from train.output.run_folder import RunFolder
+
+# What is left of each technique without its idea, or without a part of it.
+NULLS = {
+    "scale_by_random": (
+        *("scale_by_mean", "scale_each_by_random", "scale_by_triangle"),
+    ),
+    "centralize": ("optax_centralize",),
+    "barzilai_borwein_step": ("barzilai_borwein_step:min_scale=1:max_scale=1",),
+    "perturbed_unit_step": ("normalize", "sam"),
+}
 
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,6 +48,7 @@ class Finished:
       rows: its rows.
       seeds: the seeds that all methods have.
       plan: what was trained.
+      summaries: the results of each method.
     """
 
     study: Study
@@ -44,11 +56,7 @@ class Finished:
     rows: Sequence[Row]
     seeds: Sequence[int]
     plan: Mapping[str, Any]
-
-    @property
-    def summaries(self) -> list[Summary]:
-        """The results of each method."""
-        return summarize(self.rows, self.methods, self.study.config().study_task)
+    summaries: Sequence[Summary]
 
     @property
     def targets(self) -> list[ToTarget]:
@@ -76,6 +84,7 @@ def read(study: Study) -> Finished | None:
         rows=rows,
         seeds=seeds,
         plan=folder.read(PLANS)[-1],
+        summaries=summarize(rows, methods, config.study_task),
     )
 
 
@@ -209,7 +218,7 @@ def _section(each: Finished) -> str:
         f"{each.plan['eval_examples']:,} to test, epochs: {each.plan['epochs']}, "
         f"batches of {each.plan['batch_size']}, {len(each.seeds)} seeds. Learning "
         f"rates: {about_trials(config)}. {_environment(each.rows)}\n\n{table}\n"
-        f"{_below(each)}\n"
+        f"{_below(each)}\n{_against_nulls(each)}"
     )
 
 
@@ -257,6 +266,42 @@ def _below(each: Finished) -> str:
         f"{len(effects)} comparisons of the study. Differences of {seen[0]} to "
         f"{seen[1]} points, depending on the method, would have been seen with 80 % "
         "power."
+    )
+
+
+def _against_nulls(each: Finished) -> str:
+    """Returns the table of techniques beside what is left without their ideas."""
+    task = each.study.config().study_task
+    names = {method.name for method in each.methods}
+    pairs = [
+        (technique, null)
+        for technique, nulls in NULLS.items()
+        for null in nulls
+        if {technique, null} <= names
+    ]
+    if not pairs:
+        return ""
+    scores = {(row["method"], row["seed"]): row[task.score] for row in each.rows}
+    effects = effects_of(
+        [
+            [
+                100 * task.better(scores[technique, seed], scores[null, seed])
+                for seed in each.seeds
+            ]
+            for technique, null in pairs
+        ]
+    )
+    rows = [
+        (
+            *(technique, null, with_range(*effect.interval, "+.2f")),
+            "better" if effect.helps else "worse" if effect.hurts else effect.verdict(),
+        )
+        for (technique, null), effect in zip(pairs, effects, strict=True)
+    ]
+    return (
+        "\nEach technique beside what is left of it without its idea, at equal epochs; "
+        f"the verdicts count these {len(pairs)} comparisons:\n\n"
+        + markdown(("technique", "without its idea", "difference", "verdict"), rows)
     )
 
 

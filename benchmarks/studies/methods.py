@@ -145,9 +145,13 @@ def _other(base: OptimizerConfig, name: str) -> Method:
 
 
 def with_optimizer(base: OptimizerConfig, name: str) -> OptimizerConfig:
-    """Returns settings with another optimizer and its usual learning rate."""
+    """Returns settings with another optimizer and its usual learning rate.
+
+    The schedule of Step-Tuned SGD is not for other optimizers.
+    """
     changed = with_learning_rate(base, USUAL_RATES[name])
-    return dataclasses.replace(changed, optimizer=name, momentum=0.9)
+    schedule = "cosine" if base.schedule == "robbins_monro" else base.schedule
+    return dataclasses.replace(changed, optimizer=name, momentum=0.9, schedule=schedule)
 
 
 def with_learning_rate(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:

@@ -20,7 +20,10 @@ from train.run import EPOCHS
 Settings = dict[str, Any]
 
 # Runs that differ in these belong to one method.
-_OF_A_RUN = ("seed", "seeds", "log_every", "eval_every", "checkpoint_minutes")
+_OF_A_RUN = (
+    *("seed", "seeds", "log_every", "eval_every", "checkpoint_minutes"),
+    *("data.data_dir", "data.loader", "data.num_workers"),
+)
 # Runs that differ in these cannot be compared.
 _OF_THE_DATA = ("task", "data.dataset", "data.eval_split")
 
@@ -57,7 +60,7 @@ def pairs(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     seeds = sorted(set.intersection(*(set(m.scores) for m in methods)))
     if len(seeds) < 2:
         raise UsageError(
-            f"the methods have {len(seeds)} seeds in common, and need 2 at least: "
+            f"the methods have too few seeds in common, {len(seeds)} of 2 at least: "
             "train each of them with the same --seed and --seeds"
         )
     effects = effects_of([_differences(m, baseline, seeds, task) for m in others])
@@ -120,9 +123,8 @@ def _read(folder: Path) -> Runs:
     score = STUDY_TASKS[config["task"]].score
     name = f"{config['data']['eval_split']}_{score}"
     last = [r for r in run.read(EPOCHS) if r["epoch"] == config["epochs"]]
-    settings = {k: v for k, v in config.items() if k not in _OF_A_RUN}
     return Runs(
-        settings=dict(_flat(settings)),
+        settings={k: v for k, v in _flat(config) if k not in _OF_A_RUN},
         scores={int(record["seed"]): record[name] for record in last},
         gradients=read_summary(folder)["gradient_evaluations"],
     )

@@ -200,25 +200,24 @@ def _train_missing(
       end: when no other seed is begun, as told by `time.monotonic`.
     """
     missing = _missing(opened.methods, report, plan)
+    methods = {_run_name(method.name, seed): method for seed, method in missing}
     counted: set[str] = set()
 
-    def train_one(name: str, method: Method, seed: int) -> None:
+    def train_one(name: str, seed: int) -> None:
         counted.add(name)
+        method = methods[name]
         text = f"seed {seed + 1}/{plan.seeds}, {method.name}"
         row = train(opened.compiled(method, plan.epochs), seed, reporter, text)
         append(report.folder, ROWS, row)
 
     work = {
-        f"{method.name}, seed {seed}": functools.partial(
-            train_one, f"{method.name}, seed {seed}", method, seed
-        )
-        for seed, method in missing
+        name: functools.partial(train_one, name, seed)
+        for name, (seed, _) in zip(methods, missing, strict=True)
     }
-    methods = {f"{method.name}, seed {seed}": method for seed, method in missing}
 
     def done() -> set[str]:
         rows = report.folder.read(ROWS)
-        names = {f"{row['method']}, seed {row['seed']}" for row in rows}
+        names = {_run_name(row["method"], row["seed"]) for row in rows}
         for name in (names & work.keys()) - counted:  # by another process
             counted.add(name)
             reporter.advance(opened.num_steps(methods[name], plan.epochs))
@@ -228,7 +227,7 @@ def _train_missing(
         share(report.folder, work, done)
         return
     for seed, runs in itertools.groupby(missing, key=lambda pair: pair[0]):
-        names = [f"{method.name}, seed {seed}" for _, method in runs]
+        names = [_run_name(method.name, seed) for _, method in runs]
         needed = sum(seconds[methods[name].name] for name in names)
         if seed >= LEAST_SEEDS and time.monotonic() + needed > end:
             report.console.print(f"the budget ends after {seed} seeds")
@@ -238,6 +237,10 @@ def _train_missing(
 
 def _plan_from(record: dict[str, Any]) -> Plan:
     return Plan(**{**record, "image_size": tuple(record["image_size"])})
+
+
+def _run_name(method: str, seed: int) -> str:
+    return f"{method}, seed {seed}"
 
 
 def _missing(

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
+import statistics
 
 import pytest
 
 from benchmarks.studies import declared, evidence
 from benchmarks.studies.catalogue import STUDIES
 from benchmarks.studies.evidence import Finished, finished_studies, page, profiles
+from benchmarks.studies.methods import OURS
 from benchmarks.studies.papers import CLAIMS
 from train.errors import UsageError
 from train.tasks.recipes import RECIPES
@@ -45,14 +48,57 @@ def test_claims_name_studies_that_test_their_technique():
     assert len(numbers) == 4 + 5 + 5 + 5 + 6 + 4 + 4 + 4
 
 
-def test_settings_of_table_rows_reach_the_optimizer():
-    decay = STUDIES["gc_decay_1e-3"].config().methods[1].optimizer
-    assert (decay.weight_decay, decay.techniques) == (1e-3, ("centralize",))
-    assert decay.conv_only
-    adam = STUDIES["gc_rate_adam_0.0015"].config().methods[0].optimizer
-    assert (adam.optimizer, adam.learning_rate) == ("adam", 0.0015)
-    voc = STUDIES["rg_voc_3"].config().methods[1].optimizer
-    assert (voc.learning_rate, voc.momentum, voc.probability) == (0.01, 0.9, 0.5)
+def test_a_technique_is_compared_with_what_is_left_without_its_idea():
+    text = page(FINISHED)
+    for technique, nulls in evidence.NULLS.items():
+        assert technique in OURS
+        for null in nulls:
+            (line,) = re.findall(rf"^\| {technique} \| {null} \| (.+) \|$", text, re.M)
+            assert re.match(r"[+-]\d\.\d\d \[", line)
+    by_hand = [
+        100 * (random["accuracy"] - mean["accuracy"])
+        for seed in range(10)
+        for random, mean in [
+            (row_of("scale_by_random", seed), row_of("scale_by_mean", seed))
+        ]
+    ]
+    mean = statistics.mean(by_hand)
+    assert f"| scale_by_random | scale_by_mean | {mean:+.2f} [" in text
+
+
+def row_of(method, seed):
+    rows = next(e.rows for e in FINISHED if e.study.name == "digits_nulls")
+    (row,) = (r for r in rows if (r["method"], r["seed"]) == (method, seed))
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "gc_decay_1e-3",
+            {"weight_decay": 1e-3, "learning_rate": 0.1, "conv_only": True},
+        ),
+        ("gc_rate_adam_0.0015", {"optimizer": "adam", "learning_rate": 0.0015}),
+        ("gc_rate_sgd_0.05", {"learning_rate": 0.05, "milestones": (60, 120, 180)}),
+        ("gc_optimizers_adamw", {"weight_decay": 1e-3, "learning_rate": 1e-3}),
+        ("gc_optimizers_adagrad", {"weight_decay": 5e-4, "learning_rate": 0.01}),
+        ("rg_voc_3", {"learning_rate": 0.01, "momentum": 0.9, "probability": 0.5}),
+        ("rg_voc_4", {"learning_rate": 1e-4, "momentum": 0.95, "schedule": "poly"}),
+        ("rg_duc_0", {"learning_rate": 1e-3, "momentum": 0.0}),
+        ("rg_cifar10_resnet34", {"momentum": 0.5, "weight_decay": 1e-4}),
+        ("gc_aircraft", {"head_learning_rate": 0.1, "milestones": (50, 80)}),
+        ("step_tuned_cifar10", {"momentum": 0.0, "schedule": "robbins_monro"}),
+        ("pugd_upanet16", {"learning_rate": 0.1, "schedule": "cosine"}),
+    ],
+)
+def test_settings_of_the_papers_reach_the_technique(name, expected):
+    config = STUDIES[name].config()
+    (claim,) = {c.technique for c in CLAIMS if name in c.studies}
+    (method,) = (m for m in config.methods if m.name == claim)
+    run = config.run_config(method, config.usual_epochs, 1).optimizer
+    assert {key: getattr(run, key) for key in expected} == expected
+    assert run.techniques == (claim,)
 
 
 ######## The page #####################################################################
@@ -110,7 +156,12 @@ def _study(targets):
 
     methods = [target.method for target in targets]
     return Study(
-        study=STUDIES["digits_nulls"], methods=methods, rows=[], seeds=[0, 1], plan={}
+        study=STUDIES["digits_nulls"],
+        methods=methods,
+        rows=[],
+        seeds=[0, 1],
+        plan={},
+        summaries=[],
     )
 
 

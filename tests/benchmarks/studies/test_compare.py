@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_fails_before_training(
         ({"momentum": 1.0}, "momentum must be less than 1, got 1.0"),
         ({"recipe": "pix2pix"}, "unknown recipe 'pix2pix'; did you mean pix2pix_maps"),
         ({"recipe": "pix2pix_maps"}, "recipe pix2pix_maps is not for classification"),
-        ({"task": "translation", "weights": "w.safetensors"}, "weights are for class"),
+        ({"task": "translation", "weights": "w.safetensors"}, "weights are not for tr"),
         ({"budget": 60.0, "runners": 2}, "a budget is for one process"),
         ({"ray": "auto"}, "ray needs the number of runners"),
     ],

@@ -78,7 +78,7 @@ def test_runs_are_paired_by_their_seeds(tmp_path, capsys):
                 finished(path / "a", SGD),
                 finished(path / "b", {3: 0.9, 4: 0.9}, "sam"),
             ),
-            "have 1 seeds in common, and need 2",
+            "too few seeds in common, 1 of 2",
         ),
         (
             lambda path: (
