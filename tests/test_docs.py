@@ -134,7 +134,7 @@ def test_the_numbers_of_the_choice_are_those_of_the_studies():
         for name in ("choose.md", "digits.md", "studies.md")
     )
     differences = re.findall(r"[+-][\d.]+ \[[^]]+\]", choice)
-    assert len(differences) == 17
+    assert len(differences) == 19
     assert all(difference in digits for difference in differences[:6])
     assert all(difference in studies for difference in differences[6:])
     sgd, twice = (
