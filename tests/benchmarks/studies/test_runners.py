@@ -196,19 +196,32 @@ def ray(monkeypatch):
     return pytest.importorskip("ray", reason="Ray is not installed")
 
 
+# Ray forks to start a cluster, which a process in which JAX runs must not do.
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+arguments = {"num_cpus": 2, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=arguments)
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture
 def cluster(ray, monkeypatch):
     """The address of a cluster of two workers on this machine."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False},
-    )
-    # `auto` takes this one, and not another one that runs here.
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster.address
-    cluster.shutdown()
+    command = [sys.executable, "-c", _CLUSTER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        lines = (line.split() for line in process.stdout)
+        address = next(words[1] for words in lines if words[:1] == ["address"])
+        # `auto` takes this one, and not another one that runs here.
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        yield address
+        process.communicate()
 
 
 @pytest.mark.slow
