@@ -137,6 +137,9 @@ def test_the_numbers_of_the_choice_are_those_of_the_studies():
     assert len(differences) == 19
     assert all(difference in digits for difference in differences[:6])
     assert all(difference in studies for difference in differences[6:])
+    report = " ".join(PAGES["centralize_report.md"].split())
+    (difference,) = re.findall(r"[+-][\d.]+ \[[^]]+\]", report)
+    assert f"| centralize | optax_centralize | {difference} |" in studies
     sgd, twice = (
         float(re.search(rf"\| {name} \| 1 \| ([\d.]+)", digits)[1])
         for name in ("sgd", "sgd, 2x epochs")
