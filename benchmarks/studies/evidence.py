@@ -18,7 +18,7 @@ from benchmarks.studies.results import (
     summarize,
     to_target,
 )
-from benchmarks.studies.statistics import effects_of
+from benchmarks.studies.statistics import Effect, effects_of
 from benchmarks.studies.study import PLANS
 from benchmarks.studies.tuning import TRIALS, about_trials, best_rates, with_rate
 from train import plots
@@ -36,6 +36,10 @@ NULLS = {
 
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 DOCS = Path(__file__).parents[2] / "docs"
+README = Path(__file__).parents[2] / "README.md"
+
+# The table in the README is between these lines.
+_BEGIN, _END = "<!-- studies -->\n", "<!-- end of studies -->\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,18 +98,19 @@ def finished_studies() -> list[Finished]:
     return [each for each in found if each is not None]
 
 
-def write_page(folder: Path = DOCS) -> None:
-    """Writes the page `studies.md` and its figures."""
+def write_page(folder: Path = DOCS, readme: Path = README) -> None:
+    """Writes the page `studies.md`, its figures, and the table of the README."""
     studies = finished_studies()
     (folder / "studies.md").write_text(page(studies))
+    before, _, rest = readme.read_text().partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    readme.write_text(f"{before}{_BEGIN}\n{overview(studies)}\n{_END}{after}")
     plots.save_differences(
         {
             technique: [
                 (each.study.name, effect.interval, effect.helps or effect.hurts)
                 for each in studies
-                for summary in each.summaries
-                if summary.method.name == technique
-                for effect in [c.effect for c in summary.comparisons[:1]]
+                for effect in _at_equal_gradients(each, technique)
             ]
             for technique in OURS
         },
@@ -113,6 +118,33 @@ def write_page(folder: Path = DOCS) -> None:
     )
     complete = [each for each in studies if _has_all(each)]
     plots.save_profiles(profiles(complete), folder / "profiles.png")
+
+
+def _at_equal_gradients(each: Finished, technique: str) -> list[Effect]:
+    """Returns the effect of a technique in a study, if it has the technique."""
+    return [
+        summary.comparisons[-1].effect
+        for summary in each.summaries
+        if summary.method.name == technique
+    ]
+
+
+def overview(studies: Sequence[Finished]) -> str:
+    """Returns the table of all studies and techniques in Markdown.
+
+    A technique with two gradients is compared with twice the epochs of the baseline.
+    """
+    rows = []
+    for each in studies:
+        cells = []
+        for technique in OURS:
+            effects = _at_equal_gradients(each, technique)
+            texts = [with_range(*effect.interval, "+.2f") for effect in effects]
+            clear = [effect.helps or effect.hurts for effect in effects]
+            cells.append(f"**{texts[0]}**" if any(clear) else "".join(texts))
+        link = f"[{each.study.about}](docs/studies.md#{each.study.name})"
+        rows.append((link, f"{len(each.seeds)}", *cells))
+    return markdown(("study", "seeds", *OURS), rows)
 
 
 def _has_all(each: Finished) -> bool:
@@ -165,9 +197,10 @@ chosen others.
 _FIGURE = """
 ![differences of the four techniques from their baselines](studies.png)
 
-The difference of each technique from its baseline at equal epochs, in points with 95 %
-intervals; to the right is better. A filled dot marks a difference that is clear after
-Holm's correction.
+The difference of each technique from its baseline with as many gradients, in points
+with 95 % intervals; to the right is better. The baseline of a technique with two
+gradients per step has twice the epochs. A filled dot marks a difference that is clear
+after Holm's correction.
 """
 
 _PROFILES = """

@@ -107,10 +107,34 @@ def test_settings_of_the_papers_reach_the_technique(name, expected):
 def test_the_page_is_that_of_the_rows(tmp_path):
     assert (evidence.DOCS / "studies.md").read_text() == page(FINISHED)
     assert len(FINISHED) >= 1
-    evidence.write_page(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(evidence.README.read_text().replace("**", ""))
+    evidence.write_page(tmp_path, readme)
+    assert evidence.overview(FINISHED) in readme.read_text()
+    assert evidence.overview(FINISHED) in evidence.README.read_text()
     for name in ("studies.png", "profiles.png"):
         assert (tmp_path / name).stat().st_size > 10_000
         assert (evidence.DOCS / name).exists()
+
+
+def test_the_overview_marks_what_is_clear():
+    (each,) = (each for each in FINISHED if each.study.name == "digits_nulls")
+    header, _, row = evidence.overview([each]).splitlines()
+    assert header.split(" | ")[2:] == [*OURS[:-1], f"{OURS[-1]} |"]
+    _, about, seeds, *cells, _ = map(str.strip, row.split("|"))
+    assert (about, seeds) == (
+        f"[{each.study.about}](docs/studies.md#digits_nulls)",
+        "10",
+    )
+    for technique, cell in zip(OURS, cells, strict=True):
+        (summary,) = (s for s in each.summaries if s.method.name == technique)
+        last = summary.comparisons[-1]
+        assert last.equal == (
+            "gradients" if summary.method.equal_gradients else "epochs"
+        )
+        mean, low, high = map(float, re.findall(r"[+-][\d.]+", cell))
+        assert (mean, low, high) == pytest.approx(last.effect.interval, abs=0.005)
+        assert cell.startswith("**") == (last.effect.helps or last.effect.hurts)
 
 
 def test_every_published_number_has_ours_or_what_it_needs():
