@@ -581,6 +581,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet34_cifar": partial(cifar_resnet, BasicBlock, (3, 4, 6, 3)),
     "resnet50_cifar": partial(cifar_resnet, Bottleneck, (3, 4, 6, 3)),
     "resnet101_cifar": partial(cifar_resnet, Bottleneck, (3, 4, 23, 3)),
+    "resnet8": partial(small_resnet, 8),
     "resnet20": partial(small_resnet, 20),
     "resnet32": partial(small_resnet, 32),
     "resnet44": partial(small_resnet, 44),

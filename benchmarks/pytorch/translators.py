@@ -101,6 +101,8 @@ class Discriminator(nn.Module):
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet256": partial(UNetGenerator, 8),
     "unet128": partial(UNetGenerator, 7),
+    "unet64": partial(UNetGenerator, 6),
+    "unet64_small": partial(UNetGenerator, 6, filters=16),
     "patchgan70": partial(
         Discriminator,
         widths=(64, 128, 256, 512, 1),

@@ -68,8 +68,9 @@ def join(config: CompareConfig, run_dir: Path) -> None:
 def _open(
     config: CompareConfig, run_dir: Path, *, quiet: bool = False
 ) -> contextlib.AbstractContextManager[Report]:
+    share = config.budget is None  # which is for one process
     return open_report(
-        "", config.described(), run_dir, resume=True, quiet=quiet, share=True
+        "", config.described(), run_dir, resume=True, quiet=quiet, share=share
     )
 
 

@@ -21,6 +21,7 @@ from benchmarks.studies.tasks import STUDY_TASKS, StudyTask
 from train.config import TrainingConfig
 from train.data.config import DataConfig, Size
 from train.errors import UsageError, see
+from train.files import digest
 from train.optim.config import OPTIMIZERS, OptimizerConfig
 from train.settings import (
     AnyPath,
@@ -263,7 +264,7 @@ class CompareConfig:
             del all_settings[name]
         return all_settings | {
             "dataset": self.data.dataset,
-            "weights": self.weights and self.weights.name,
+            "weights": self.weights and _named(self.weights),
             "methods": {m.name: dataclasses.asdict(m) for m in self.methods},
         }
 
@@ -274,6 +275,13 @@ def _pretrained(task: str, weights: Path) -> dict[str, Any]:
     if task == "classification":
         own = {"weights": weights, "new_head": True}
     return {"normalization": "imagenet", **own}
+
+
+def _named(weights: Path) -> str:
+    """Returns the name of a file and what tells it from others of the same name."""
+    if not weights.is_file():
+        raise UsageError(f"weights {weights} is not a file: give the path of one")
+    return f"{weights.name}, sha256 {digest(weights)}"
 
 
 def _stretched(optimizer: OptimizerConfig, factor: float) -> OptimizerConfig:

@@ -1,5 +1,6 @@
 """Plans a study, and trains the runs that are missing in its folder."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -118,7 +119,8 @@ def run_study(
     report.folder.start()
     report.folder.append(PLANS, dataclasses.asdict(plan))
     end = start + config.budget - _RESERVE if config.budget else math.inf
-    with progress("training", steps) as reporter, report.folder.shared():
+    shared = contextlib.nullcontext() if config.budget else report.folder.shared()
+    with progress("training", steps) as reporter, shared:
         _train_missing(opened, plan, report, reporter, seconds, end)
     return plan
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
@@ -291,7 +292,7 @@ def test_optimizers_are_compared_alone_if_no_technique_is_named():
     assert [method.name for method in config.methods] == ["adam", "lamb", "sgd"]
 
 
-def test_who_trains_and_how_much_does_not_make_another_study():
+def test_who_trains_and_how_much_does_not_make_another_study(tmp_path):
     def described(**options):
         return CompareConfig(task="classification", **options).described()
 
@@ -307,12 +308,30 @@ def test_who_trains_and_how_much_does_not_make_another_study():
         {"recipe": "gc_cifar100_resnet50"},
         {"techniques": ("sam:rho=0.1",)},
         {"optimizers": ("adam",)},
-        {"weights": "a.safetensors"},
         {"momentum": 0.8},
         {"weight_decay": 0.1},
         {"eval_every": 2},
     ):
         assert described(**options) != same
+
+    weights, moved = tmp_path / "a.safetensors", tmp_path / "b" / "a.safetensors"
+    moved.parent.mkdir()
+    for path in (weights, moved):
+        path.write_bytes(b"one")
+    first = described(weights=weights)
+    assert first != same
+    assert first == described(weights=moved)
+    weights.write_bytes(b"two")
+    assert first != described(weights=weights)
+    with pytest.raises(UsageError, match="c is not a file: give the path of one"):
+        described(weights=tmp_path / "c")
+
+
+def test_a_study_with_a_budget_is_not_shared(run, tmp_path):
+    arguments = (*SMALL, "--budget", "1m", "--run-dir", tmp_path)
+    refused = pytest.raises(SystemExit, match="in use by another process: wait for it")
+    with filelock.FileLock(tmp_path / ".lock"), refused:
+        run(*arguments)
 
 
 @pytest.mark.slow
