@@ -109,6 +109,19 @@ for name, title, dataset in (
         optimizers=("adam",),
         techniques=_ALL,
     )
+# Rates that are small and large for SGD, with a momentum at which the paper sees gains
+# and one at which it does not.
+for momentum in (0.5, 0.9):
+    for size, rate in (("small", 0.03), ("large", 1.0)):
+        _desk(
+            f"rg_digits_{size}_{momentum}",
+            f"ResNet-8 on digits, momentum {momentum} and a {size} learning rate",
+            "classification",
+            momentum=momentum,
+            learning_rate=rate,
+            seeds=10,
+            techniques=("scale_by_random", "scale_by_mean", "scale_each_by_random"),
+        )
 _desk(
     "fine_tuning",
     "ResNet-20 from CIFAR-10, fine-tuned to 300 images of digits at 16x16",

@@ -84,7 +84,8 @@ class CompareConfig:
     learning_rate: Positive[float] | None = None
     """One learning rate for all methods, instead of their own rates."""
     momentum: Fraction[float] | None = None
-    """One momentum for all methods but Step-Tuned SGD, which has none."""
+    """One momentum for all methods but Step-Tuned SGD, which has none. All of them then
+    have the other settings of the base optimizer too."""
     weight_decay: NonNegative[float] | None = None
     """One weight decay for all methods, instead of their own."""
     trials: Annotated[int, pydantic.Field(ge=2)] | None = None
@@ -192,7 +193,12 @@ class CompareConfig:
     @property
     def methods(self) -> tuple[Method, ...]:
         """The baselines and what they are compared with, with their settings."""
-        own = not self.recipe and self.base.optimizer == self.study_task.base.optimizer
+        # The settings of its own paper are called after a momentum.
+        own = (
+            not self.recipe
+            and self.momentum is None
+            and self.base.optimizer == self.study_task.base.optimizer
+        )
         methods = methods_of(
             self.study_task,
             self.techniques,

@@ -195,7 +195,7 @@ chosen others.
 """
 
 _FIGURE = """
-![differences of the four techniques from their baselines](studies.png)
+[![differences of the four techniques from their baselines](studies.png)](studies.png)
 
 The difference of each technique from its baseline with as many gradients, in points
 with 95 % intervals; to the right is better. The baseline of a technique with two

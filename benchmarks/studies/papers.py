@@ -111,7 +111,11 @@ CLAIMS = (
             *("rg_cifar10_densenet121_cifar", "rg_cifar10_resnext29_4x64d"),
         ),
         lab=("rg_cifar10_lab",),
-        desk=("digits_nulls", "cifar10_1000"),
+        desk=(
+            *("digits_nulls", "cifar10_1000"),
+            *("rg_digits_small_0.5", "rg_digits_large_0.5"),
+            *("rg_digits_small_0.9", "rg_digits_large_0.9"),
+        ),
     ),
     Claim(
         source="Random Gradient, Figures 7 and 8",

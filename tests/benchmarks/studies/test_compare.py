@@ -193,6 +193,19 @@ def method_named(config, name):
     return method
 
 
+def test_no_method_is_named_after_a_momentum_that_it_does_not_have():
+    named = "sgd, momentum 0.5"
+    for momentum, expected in (
+        (None, [named, "scale_by_random"]),
+        (0.9, ["sgd", "scale_by_random"]),
+    ):
+        config = CompareConfig(
+            task="classification", techniques=("scale_by_random",), momentum=momentum
+        )
+        assert [method.name for method in config.methods] == expected
+        assert {m.optimizer.momentum for m in config.methods} == {momentum or 0.5}
+
+
 def test_momentum_and_decay_are_those_of_all_methods_but_step_tuned_sgd():
     options = {"techniques": OURS, "optimizers": ("adam",)}
     for recipe in (None, "rg_cifar10_resnet34"):
