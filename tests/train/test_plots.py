@@ -100,6 +100,15 @@ def draw_bars(path):
     plots.save_bars(values, 0.65, path, label="$IoU$")
 
 
+def draw_differences(path):
+    found = [(name, (0.5, -0.1, 1.1), True) for name in NAMES]
+    plots.save_differences({"$a$": found, "b": [], "c": found[:1]}, path)
+
+
+def draw_profiles(path):
+    plots.save_profiles({name: [1.0, 2.5, INF] for name in NAMES}, path)
+
+
 def draw_images(path):
     columns = {"$a$ 犬": [gray(9)] * 3, "_b_": [gray(99)] * 3}
     plots.save_images(columns, path, captions=NAMES, title="$x$ 犬")
@@ -120,6 +129,8 @@ EVERY = pytest.mark.parametrize(
         draw_learning_curves,
         draw_confusion_matrix,
         draw_bars,
+        draw_differences,
+        draw_profiles,
         draw_images,
         draw_masks,
     ],
@@ -531,6 +542,45 @@ def test_bars_say_what_has_no_value(figures, path):
     assert axes.get_xlabel() == "IoU"
     assert list(axes.lines[0].get_xdata()) == [0.65, 0.65]
     assert list(legend_of(figures[0])) == ["mean 0.650"]
+
+
+def test_differences_have_their_intervals_and_a_filled_dot_if_clear(figures, path):
+    found = {
+        "sam": [("one", (0.5, 0.2, 0.8), True), ("two", (-1.0, -3.0, 1.0), False)],
+        "pugd": [("two", (0.25, -0.5, 1.0), False)],
+    }
+    plots.save_differences(found, path)
+    (figure,) = figures
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    for axes, (name, studies) in zip(panels, found.items(), strict=True):
+        assert axes.get_title() == name
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == [study for study, _, _ in studies]
+        top_first = axes.get_ylim()
+        assert top_first[0] > top_first[1]
+        *drawn, zero = map(data_of, axes.lines)
+        assert zero[0] == [0, 0]
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        for place, (_, (mean, low, high), clear) in enumerate(studies):
+            assert drawn[2 * place : 2 * place + 2] == [
+                ([low, high], [place, place]),
+                ([mean], [place]),
+            ]
+            filled = dots[place].get_markerfacecolor() == dots[place].get_color()
+            assert filled == clear
+
+
+def test_profiles_rise_where_another_study_is_reached(figures, path):
+    ratios = {"sgd": [1.0, 3.0, INF, 1.0], "sam": [INF, INF, INF, INF]}
+    plots.save_profiles(ratios, path)
+    (figure,) = figures
+    (axes,) = figure.axes
+    end = 1.1 * 3.0
+    sgd, sam = axes.lines
+    assert data_of(sgd) == ([1, 1, 1, 3, end], [0, 0.25, 0.5, 0.75, 0.75])
+    assert data_of(sam) == ([1, end], [0, 0])
+    assert sgd.get_drawstyle() == "steps-post"
+    assert list(legend_of(figure)) == ["sgd", "sam"]
 
 
 def test_bars_of_many_classes_have_a_bounded_size(path):

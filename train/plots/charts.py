@@ -280,14 +280,14 @@ def save_differences(
         panels = figure.subplots(2, math.ceil(len(differences) / 2), squeeze=False)
         for axes, (name, found) in zip(panels.flat, differences.items(), strict=False):
             for place, (_, (mean, low, high), clear) in enumerate(found):
-                color = "C0" if mean >= 0 else "C3"
-                axes.plot([low, high], [place] * 2, color=color)
-                fill = color if clear else "white"
-                axes.plot(mean, place, "o", color=color, markerfacecolor=fill)
+                axes.plot([low, high], [place] * 2, color="C0")
+                fill = "C0" if clear else "white"
+                axes.plot(mean, place, "o", color="C0", markerfacecolor=fill)
             axes.axvline(0, color="black", linewidth=0.8)
             labels = [shortened(study, _LONGEST_NAME) for study, _, _ in found]
             axes.set_yticks(range(len(found)), labels)
-            axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="points", title=name)
+            last = max(1, len(found)) - 0.5
+            axes.set(ylim=(last, -0.5), xlabel="points", title=name)
             axes.grid(axis="x", alpha=0.3)
 
 
