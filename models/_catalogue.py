@@ -88,7 +88,7 @@ def create(name: str, *, rngs: nnx.Rngs, **options: Any) -> Network:
     >>> import jax.numpy as jnp, models
     >>> from flax import nnx
     >>> model = models.create(
-    ...     "resnet18_cifar", num_classes=100, rngs=nnx.Rngs(0), norm="group",
+    ...     "resnet8", num_classes=100, rngs=nnx.Rngs(0), norm="group",
     ...     dtype=jnp.bfloat16)
     >>> model(jnp.zeros((1, 32, 32, 3))).shape
     (1, 100)

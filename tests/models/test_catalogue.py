@@ -29,6 +29,12 @@ def network_class(name):
 # The first network of each class stands for its deeper forms.
 FIRST = list({network_class(name): name for name in models.names()[::-1]}.values())
 
+# The deeper forms of a class are left to the slow tests.
+EACH = [
+    pytest.param(name, marks=() if name in FIRST else pytest.mark.slow)
+    for name in models.names()
+]
+
 CLASSIFIERS = [name for name in FIRST if name in models.names(task="classification")]
 
 
@@ -51,14 +57,14 @@ def shapes(model):
     return {".".join(map(str, path)): variable.shape for path, variable in params}
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", EACH)
 def test_parameter_count_is_the_published_one(name):
     params = nnx.state(abstract(name), nnx.Param)
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == models.describe(name).num_parameters
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", EACH)
 def test_every_network_states_its_parts(name):
     entry, model = models.describe(name), abstract(name)
     assert isinstance(model, models.Network)
@@ -77,6 +83,7 @@ def test_every_network_states_its_parts(name):
         assert not any(path.startswith(heads) for path in shapes(model.backbone))
 
 
+@pytest.mark.slow
 def test_dilated_networks_have_a_backbone():
     found = [name for name in models.names() if abstract(name).backbone is not None]
     expected = ["pspnet50", "pspnet101", "resnet50_duc_hdc", "resnet101_duc_hdc"]
@@ -129,7 +136,7 @@ def sizes(entry):
     return [(height, width), (40, 48)]
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", EACH)
 def test_output_shape(name):
     entry, model = models.describe(name), abstract(name)
     channels = entry.input_shape[2]
@@ -202,6 +209,7 @@ def test_size_that_a_network_cannot_take_is_refused(name, size, message):
         output_shape(abstract(name), (1, *size, channels))
 
 
+@pytest.mark.slow
 def test_smallest_images_that_are_not_refused_work():
     assert output_shape(abstract("densenet121_cifar"), (1, 8, 8, 3)) == (1, 10)
     assert output_shape(abstract("densenet121"), (1, 32, 32, 3)) == (1, 1000)

@@ -129,6 +129,7 @@ ONE_OF_EACH_FORM = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONE_OF_EACH_FORM)
 def test_second_derivatives_equal_those_of_xla(case, x64):
     ours, theirs, *arguments = functions(case)

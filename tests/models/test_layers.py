@@ -112,6 +112,7 @@ def test_one_dilation_repeated_leaves_holes():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_built_network_has_these_dilations():
     model = nnx.eval_shape(
         lambda: models.create("resnet101_duc_hdc", num_classes=2, rngs=nnx.Rngs(0))
@@ -197,7 +198,14 @@ def plain_batch_norm(x, scale, bias):
     return y.reshape(x.shape).astype(x.dtype), mean, var
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.float64,
+        pytest.param(jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_batch_norm_has_the_gradients_that_jax_derives(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         arrays = 3.0 * normal(4, 2, 3, 5) + 2.0, normal(5, key=1), normal(5, key=2)

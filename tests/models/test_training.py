@@ -235,6 +235,7 @@ def test_bfloat16_is_close_to_float32(form):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", CONVOLUTIONAL)
 def test_convolutions_compute_in_bfloat16(form):
     graphdef, params, state = parts(abstract(form, dtype=jnp.bfloat16))
@@ -248,6 +249,7 @@ def test_convolutions_compute_in_bfloat16(form):
     assert len(dtypes) > 3 or form == "discriminator"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", WITH_REMAT)
 def test_remat_is_part_of_the_computation(form):
     graphdef, params, state = parts(abstract(form, remat=True))

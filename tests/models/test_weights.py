@@ -453,7 +453,13 @@ OTHERS = [
     pytest.param(
         "resnet8", {"num_classes": 100}, "unet_small", "resnet8", marks=pytest.mark.slow
     ),
-    ("resnet8", {"num_classes": 10, "in_channels": 1}, "resnet20", "resnet8"),
+    pytest.param(
+        "resnet8",
+        {"num_classes": 10, "in_channels": 1},
+        "resnet20",
+        "resnet8",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         "unet_small",
         {"num_classes": 11},
@@ -461,7 +467,7 @@ OTHERS = [
         "unet_small",
         marks=pytest.mark.slow,
     ),
-    ("patchgan16", {}, "resnet8", "patchgan16"),
+    pytest.param("patchgan16", {}, "resnet8", "patchgan16", marks=pytest.mark.slow),
     pytest.param(
         "vgg11_bn_cifar",
         {"num_classes": 10},

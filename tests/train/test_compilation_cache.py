@@ -76,6 +76,7 @@ def replace_by_folders(folder):
         path.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, empty, replace_by_file, replace_by_folders])
 def test_damaged_cache_is_as_good_as_none(damage, tmp_path):
     value, *_ = run(XDG_CACHE_HOME=str(tmp_path))

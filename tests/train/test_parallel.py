@@ -90,7 +90,15 @@ def on_one_device(techniques, grad_accum=1):
     return train(deep_program(ONE_DEVICE, techniques, grad_accum=grad_accum))
 
 
-COMBINATIONS = [(), *((technique,) for technique in TECHNIQUES)]
+# One of each number of gradients, and the largest state; the others are slow.
+QUICK = ("perturbed_unit_step", "barzilai_borwein_step")
+COMBINATIONS = [
+    (),
+    *(
+        pytest.param((name,), marks=() if name in QUICK else pytest.mark.slow)
+        for name in TECHNIQUES
+    ),
+]
 
 
 @pytest.mark.parametrize("techniques", COMBINATIONS, ids="+".join)
@@ -117,7 +125,9 @@ def test_sharded_parameters_are_the_same_parameters(techniques):
     assert small.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("shard_params", [False, True])
+@pytest.mark.parametrize(
+    "shard_params", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_accumulated_parts_are_shared_by_devices_too(shard_params):
     techniques = ("perturbed_unit_step",)
     config = {"grad_accum": 2, "shard_params": shard_params}

@@ -93,6 +93,7 @@ def pictures(folder):
     return found
 
 
+@pytest.mark.slow
 def test_the_documentation_counts_the_events(undisturbed):
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
     (said,) = re.findall(r"(\d+)\s+file events", page)
@@ -226,6 +227,7 @@ def damage_records(folder):
     path.write_text(path.read_text().replace('"train_loss"', '"train_lass"')[:-9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "code", "harm"),
     [
@@ -546,6 +548,7 @@ def test_a_damaged_checkpoint_is_passed_over(call, tmp_path, undisturbed):
     assert_same_end(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_divergence_names_the_step_and_keeps_the_last_good_state(call, tmp_path):
     folder = tmp_path / "run"
     schedule = ("--schedule=step", "--milestones", "2", "--decay-factor=1e38")

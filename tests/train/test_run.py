@@ -368,7 +368,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(technique):
 
 
 @pytest.mark.parametrize("technique", TWO_GRADIENTS)
-@pytest.mark.parametrize("grad_accum", [1, 3])
+@pytest.mark.parametrize("grad_accum", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_batch_statistics_after_two_gradients_are_those_after_one(
     technique, grad_accum
 ):

@@ -111,6 +111,7 @@ def test_a_download_that_fails_is_explained(tmp_path, monkeypatch, urls):
         data.prepare("cifar10", data_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_classes_are_counted(digits):
     for name in ("train", "test"):
         labels = digits.split(name).arrays()["label"]

@@ -47,7 +47,7 @@ def weights(thin, tmp_path_factory):
 ######## Freezing #####################################################################
 
 
-QUICK = ("resnet8", "vgg11_bn", "mobilenet_v2_cifar", "deit_ti_16", "upanet16")
+QUICK = ("resnet8", "vgg11_bn")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,11 @@ def test_all_but_the_last_layers_are_frozen_in_every_classifier(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("resnet8", {}), ("deit_ti_16", {"image_size": 32})]
+    ("name", "options"),
+    [
+        ("resnet8", {}),
+        pytest.param("deit_ti_16", {"image_size": 32}, marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_networks_have_the_same_weights_files(name, options, tmp_path):
     path = tmp_path / "weights.safetensors"
@@ -274,6 +278,7 @@ def test_a_network_without_a_backbone_cannot_freeze_it(weights):
         open_task(config)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_of_segmentation():
     config = SegmentationConfig(
         model="pspnet50", backbone_weights="weights", freeze="backbone"

@@ -200,6 +200,7 @@ def test_defaults_are_the_papers():
     assert optimizer.schedule == "linear"
 
 
+@pytest.mark.slow
 def test_the_embedded_scenes(tmp_path):
     config = TranslationConfig(
         data=DataConfig(dataset="digit_scenes", augment=("random_flip",))
