@@ -146,6 +146,19 @@ _desk(
     techniques=("centralize", "optax_centralize"),
 )
 _desk(
+    "wrong_axis_vit",
+    "ViT-Ti/16 on 300 images of digits at 32x32, and the mean over other axes",
+    "classification",
+    model="deit_ti_16",
+    dataset="digits",
+    image_size=(32, 32),
+    train_examples=300,
+    base_optimizer="adam",
+    trials=3,
+    seeds=5,
+    techniques=("centralize", "optax_centralize"),
+)
+_desk(
     "scenes_segmentation",
     "small U-Net on drawn scenes of digits, 100 images",
     "segmentation",

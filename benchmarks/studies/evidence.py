@@ -130,12 +130,14 @@ def _at_equal_gradients(each: Finished, technique: str) -> list[Effect]:
 
 
 def overview(studies: Sequence[Finished]) -> str:
-    """Returns the table of all studies and techniques in Markdown.
+    """Returns the table of the studies that have several techniques, in Markdown.
 
     A technique with two gradients is compared with twice the epochs of the baseline.
     """
     rows = []
     for each in studies:
+        if len({method.name for method in each.methods} & set(OURS)) < 2:
+            continue
         cells = []
         for technique in OURS:
             effects = _at_equal_gradients(each, technique)
