@@ -49,7 +49,7 @@ def test_claims_name_studies_that_test_their_technique():
 
 
 def test_a_technique_is_compared_with_what_is_left_without_its_idea():
-    text = page(FINISHED)
+    text = page([each for each in FINISHED if each.study.name == "digits_nulls"])
     for technique, nulls in evidence.NULLS.items():
         assert technique in OURS
         for null in nulls:
