@@ -146,6 +146,18 @@ _desk(
     techniques=("centralize", "optax_centralize"),
 )
 _desk(
+    "wrong_axis_cifar10",
+    "ResNet-8 on CIFAR-10, 1,000 images, and the mean over other axes",
+    "classification",
+    dataset="image_folder/cifar10",
+    train_examples=1000,
+    epochs=10,
+    eval_every=5,
+    trials=3,
+    seeds=5,
+    techniques=("centralize", "optax_centralize"),
+)
+_desk(
     "wrong_axis_vit",
     "ViT-Ti/16 on 300 images of digits at 32x32, and the mean over other axes",
     "classification",

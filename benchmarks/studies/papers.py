@@ -246,7 +246,7 @@ CLAIMS = (
         technique="centralize",
         needs="Mini-ImageNet, and one GPU for days",
         paper=("gc_mini_imagenet",),
-        desk=("wrong_axis_digits", "wrong_axis_vit"),
+        desk=("wrong_axis_digits", "wrong_axis_cifar10", "wrong_axis_vit"),
     ),
     Claim(
         source="Step-Tuned SGD, figures",
