@@ -140,7 +140,8 @@ def barzilai_borwein_step(
       5))``. Around the whole chain, `optax.apply_if_finite` would check only the first
       gradient.
     """
-    check_in("learning_rate", learning_rate, "[0, inf)")
+    if not callable(learning_rate):
+        check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")
     check_in("nu", nu, "(0, inf)")
     check_in("min_scale", min_scale, "(0, inf)")

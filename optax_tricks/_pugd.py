@@ -71,7 +71,8 @@ def pugd(
       pugd(0.1), optax.apply_if_finite(optax.identity(), 5))``. Around the whole chain,
       `optax.apply_if_finite` would check only the first gradient.
     """
-    check_in("learning_rate", learning_rate, "[0, inf)")
+    if not callable(learning_rate):
+        check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("momentum", momentum, "[0, 1)")
     check_in("weight_decay", weight_decay, "[0, inf)")
     return hold_state(
