@@ -62,6 +62,10 @@ def pugd(
       minimum, so use a learning rate that decays. As in `optax.sgd`, a float32
       array for a hyperparameter widens bfloat16 leaves; a Python number does not.
 
+      The perturbation has length one, however small the network is. Compare it with
+      the norm of the weights, `optax.tree.norm`: a small network without batch
+      normalization may not learn. Then try `optax.contrib.sam`, which takes the length.
+
       In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
       and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
       function for Flax NNX.
