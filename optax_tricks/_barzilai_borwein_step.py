@@ -102,7 +102,7 @@ def barzilai_borwein_step(
       mini-batch of the incoming gradient. Leaves keep their dtype.
 
     Raises:
-      ValueError: if a number is outside its range, also after rounding to float32
+      ValueError: if a setting is no number in its range, also after rounding to float32
         (``beta=0.99999999`` is); on init or update, if a leaf is masked, complex or not
         floating-point; on update, if ``params`` or ``grad_fn`` is missing or
         ``grad_fn`` returns another structure or other shapes.

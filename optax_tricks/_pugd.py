@@ -35,7 +35,7 @@ def pugd(
       the keyword ``grad_fn(params, step) -> gradients``, and calls it once.
 
     Raises:
-      ValueError: if a number is outside its range, and for the reasons that
+      ValueError: if a setting is no number in its range, and for the reasons that
         `perturbed_unit_step` lists.
 
     Examples:
