@@ -102,7 +102,7 @@ def barzilai_borwein_step(
       mini-batch of the incoming gradient. Leaves keep their dtype.
 
     Raises:
-      ValueError: if a number is outside its range, also after rounding to float32
+      ValueError: if a setting is no number in its range, also after rounding to float32
         (``beta=0.99999999`` is); on init or update, if a leaf is masked, complex or not
         floating-point; on update, if ``params`` or ``grad_fn`` is missing or
         ``grad_fn`` returns another structure or other shapes.
@@ -140,7 +140,8 @@ def barzilai_borwein_step(
       5))``. Around the whole chain, `optax.apply_if_finite` would check only the first
       gradient.
     """
-    check_in("learning_rate", learning_rate, "[0, inf)")
+    if not callable(learning_rate):
+        check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("beta", beta, "[0, 1)")
     check_in("nu", nu, "(0, inf)")
     check_in("min_scale", min_scale, "(0, inf)")

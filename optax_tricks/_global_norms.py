@@ -23,7 +23,8 @@ def global_norms(*trees: Any) -> tuple[jax.Array, ...]:
       A scalar for each tree, float32, or float64 if a leaf is float64.
 
     Raises:
-      ValueError: if a leaf is masked, complex or not floating-point.
+      ValueError: if the shapes of the trees differ, or if a leaf is masked, complex or
+        not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, optax_tricks
@@ -34,5 +35,15 @@ def global_norms(*trees: Any) -> tuple[jax.Array, ...]:
     """
     for tree in trees:
         check_whole_real_tree("global_norms", tree)
+        first, shapes = map(_shapes, (trees[0], tree))
+        if shapes != first:
+            raise ValueError(
+                f"global_norms takes trees of equal shapes, got {first} and {shapes}. "
+                "Call it once for each."
+            )
     sums = sums_over(accumulator_dtype(trees), squares, *trees)
     return tuple(map(jnp.sqrt, sums))
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [jnp.shape(x) for x in jax.tree.leaves(tree)]

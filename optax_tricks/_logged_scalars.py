@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from optax_tricks._validation import is_real_scalar
 
 _Path = tuple[str, ...]
 
@@ -16,17 +17,18 @@ def logged_scalars(state: optax.OptState) -> dict[str, jax.Array]:
 
     These are the fields of shape () in all states of a chain and of optax's wrappers:
     what a technique did in the latest step, counts, and the hyperparameters of
-    `optax.inject_hyperparams`. Keys, arrays and trees like the parameters are left out.
-    It works under `jax.jit`.
+    `optax.inject_hyperparams`, a seed among them. PRNG keys, arrays and trees like the
+    parameters are left out. It works under `jax.jit`.
 
     Args:
-      state: the state of an optimizer: ``optimizer.opt_state`` of an `nnx.Optimizer`
-        and ``state.opt_state`` of a Flax TrainState.
+      state: the state of an optimizer, or an `nnx.Optimizer` or a Flax TrainState,
+        which hold one as ``opt_state``.
 
     Returns:
-      A dict of scalars, in the order of the state. A name is that of the field. If
-      several states have such a field, the names begin with its place in the state,
-      as in ``0/random_factor`` and ``2/random_factor``.
+      A dict of scalars, in the order of the state; `jax.jit` returns every dict in
+      alphabetical order. A name is that of the field. If several states have such a
+      field, the names begin with its place in the state, as in ``0/random_factor`` and
+      ``2/random_factor``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -39,6 +41,8 @@ def logged_scalars(state: optax.OptState) -> dict[str, jax.Array]:
       >>> print({name: round(float(value), 3) for name, value in scalars.items()})
       {'random_factor': 0.5, 'count': 1.0, 'learning_rate': 0.1, 'momentum': 0.9}
     """
+    if not isinstance(state, tuple):  # as states of optax are, which may hold others
+        state = getattr(state, "opt_state", state)
     found = list(_scalars(state, ()))
     times = Counter(path[-1] for path, _ in found)
     return {
@@ -73,10 +77,4 @@ def _is_number(x: Any) -> bool:
     leaves = jax.tree.leaves(x)
     if isinstance(x, Mapping | list | tuple) or len(leaves) != 1:
         return False
-    (leaf,) = leaves
-    if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float):
-        return False
-    dtype = jnp.result_type(leaf)
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    is_real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
-    return is_real and jnp.shape(leaf) == ()
+    return isinstance(leaves[0], int | float) or is_real_scalar(leaves[0])

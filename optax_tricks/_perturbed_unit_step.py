@@ -107,6 +107,10 @@ def perturbed_unit_step(
       Squares are accumulated in float32 (float64 for float64 leaves). So a
       norm below about 1e-19 counts as zero, and a norm above 1e19 makes the update NaN.
 
+      The perturbation has length one, however small the network is. Compare it with
+      the norm of the weights, `optax.tree.norm`: a small network without batch
+      normalization may not learn. Then try `optax.contrib.sam`, which takes the length.
+
       In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
       and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
       function for Flax NNX.

@@ -35,7 +35,7 @@ def pugd(
       the keyword ``grad_fn(params, step) -> gradients``, and calls it once.
 
     Raises:
-      ValueError: if a number is outside its range, and for the reasons that
+      ValueError: if a setting is no number in its range, and for the reasons that
         `perturbed_unit_step` lists.
 
     Examples:
@@ -62,6 +62,10 @@ def pugd(
       minimum, so use a learning rate that decays. As in `optax.sgd`, a float32
       array for a hyperparameter widens bfloat16 leaves; a Python number does not.
 
+      The perturbation has length one, however small the network is. Compare it with
+      the norm of the weights, `optax.tree.norm`: a small network without batch
+      normalization may not learn. Then try `optax.contrib.sam`, which takes the length.
+
       In a network with dropout or BatchNorm, ``grad_fn`` must repeat the dropout masks
       and keep the running statistics. `optax_tricks.nnx.batch_gradients` makes such a
       function for Flax NNX.
@@ -71,7 +75,8 @@ def pugd(
       pugd(0.1), optax.apply_if_finite(optax.identity(), 5))``. Around the whole chain,
       `optax.apply_if_finite` would check only the first gradient.
     """
-    check_in("learning_rate", learning_rate, "[0, inf)")
+    if not callable(learning_rate):
+        check_in("learning_rate", learning_rate, "[0, inf)")
     check_in("momentum", momentum, "[0, 1)")
     check_in("weight_decay", weight_decay, "[0, inf)")
     return hold_state(

@@ -58,10 +58,10 @@ def scale_by_random(
       leaves are multiplied by the same factor and keep their dtype.
 
     Raises:
-      ValueError: if ``minval > maxval``, if one of them or their difference is not
-        finite in float32, or if ``probability`` is outside [0, 1]; on init, if ``key``
-        is an array of several keys; on update, if a leaf is neither floating-point nor
-        complex.
+      ValueError: if ``key`` is neither an int nor a key, if ``minval > maxval``, if one
+        of them or their difference is not finite in float32, or if ``probability`` is
+        outside [0, 1]; on init, if ``key`` is an array of several keys; on update, if a
+        leaf is neither floating-point nor complex.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -89,6 +89,7 @@ def scale_by_random(
     if isinstance(minval, numbers.Real) and isinstance(maxval, numbers.Real):
         check_in("maxval - minval", float(maxval) - float(minval), "[0, inf)")
     check_in("probability", probability, "[0, 1]")
+    _check_key(key)
 
     def init_fn(params: optax.Params) -> ScaleByRandomState:
         return ScaleByRandomState(
@@ -117,6 +118,16 @@ def scale_by_random(
         return updates, ScaleByRandomState(next_key, factor)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_key(key: ArrayLike) -> None:
+    """Raises ValueError unless key is an int, an array of ints or a PRNG key."""
+    dtype = getattr(key, "dtype", object)
+    is_array = any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jax.dtypes.prng_key)
+    )
+    if not isinstance(key, numbers.Integral) and not is_array:
+        raise ValueError(f"key must be an int or a PRNG key, got {key!r}.")
 
 
 def _own_key(key: ArrayLike) -> jax.Array:

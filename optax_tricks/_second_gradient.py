@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_tricks._documentation import see
-from optax_tricks._validation import check_leaves
+from optax_tricks._validation import check_leaves, join
 
 GradFn: TypeAlias = Callable[[optax.Params, int], optax.Updates]
 
@@ -48,8 +48,9 @@ def check_call(
             f"{name} evaluates a second gradient on the same mini-batch and got no "
             f"{missing}. Call update(grads, state, params, grad_fn=grad_fn) with, for "
             "example, grad_fn = lambda params, step: jax.grad(loss)(params, batch)."
-            " For Flax NNX, optax_tricks.nnx.batch_gradients makes a grad_fn."
-            + see("faq.md#why-does-my-code-say-got-no-grad_fn")
+            " For Flax NNX, optax_tricks.nnx.batch_gradients makes a grad_fn. For Flax "
+            "Linen, TrainState.apply_gradients does not pass it on: call "
+            "state.tx.update." + see("faq.md#why-does-my-code-say-got-no-grad_fn")
         )
     check_whole_real_tree(name, params)
     check_leaves(name, updates)
@@ -60,8 +61,24 @@ def evaluate(
     name: str, grad_fn: GradFn, point: optax.Params, updates: optax.Updates
 ) -> optax.Updates:
     """Evaluates the gradient at point and checks its structure and shapes."""
-    gradients = grad_fn(point, 0)
+    try:
+        gradients = grad_fn(point, 0)
+    except Exception as error:
+        error.add_note(
+            f"{name} called grad_fn(params, 0), where 0 is a step number. The batch is "
+            "no argument: grad_fn = lambda params, step: jax.grad(loss)(params, batch)."
+            + see("guides/jax.md#two-gradients-per-step")
+        )
+        raise
     expected, got = _form(updates), _form(gradients)
+    if got != expected and got[1] == expected[1]:
+        raise ValueError(
+            f"{name}: grad_fn must return a tree of the structure of the first "
+            "gradient. The shapes agree, but the containers differ"
+            f"{_first_difference(gradients, updates)}. For Flax NNX, "
+            "optax_tricks.nnx.batch_gradients makes a grad_fn."
+            + see("guides/nnx.md#with-nnxoptimizer")
+        )
     if got != expected:
         raise ValueError(
             f"{name}: grad_fn must return a tree of the structure and shapes of the "
@@ -74,6 +91,17 @@ def evaluate(
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _first_difference(got: Any, expected: Any) -> str:
+    """Says which leaf has another path. In a list and a tuple, all paths are equal."""
+    paths = (
+        [join(p) for p, _ in jax.tree.leaves_with_path(x)] for x in (got, expected)
+    )
+    differences = (
+        f": '{a}' in place of '{b}'" for a, b in zip(*paths, strict=True) if a != b
+    )
+    return next(differences, "")
 
 
 def _form(tree: Any) -> Any:

@@ -41,7 +41,7 @@ def step_tuned_sgd(
       the keyword ``grad_fn(params, step) -> gradients``, and calls it once.
 
     Raises:
-      ValueError: if a number is outside its range, if ``learning_rate`` is a schedule,
+      ValueError: if a setting is no number in its range, such as a schedule,
         and for the reasons that `barzilai_borwein_step` lists.
 
     Examples:

@@ -1,7 +1,7 @@
 """Checks of hyperparameters when a transform is built, and of the leaves it is given.
 
-Only Python and NumPy numbers are checked. `optax.inject_hyperparams` and `jax.vmap`
-pass traced values, which are not known yet.
+The values of Python and NumPy numbers are checked. `optax.inject_hyperparams` and
+`jax.vmap` pass traced arrays, whose values are not known yet.
 """
 
 import ctypes
@@ -20,9 +20,14 @@ def check_in(argument: str, value: Any, interval: str) -> None:
     """Raises ValueError unless value is in an interval such as "[0, 1)".
 
     It must also be there as a float32, the dtype that the transforms compute in. A
-    number that is not 0 must not become 0.
+    number that is not 0 must not become 0. An array of shape () may be traced, so only
+    its dtype is checked.
     """
     if not isinstance(value, numbers.Real):
+        if not is_real_scalar(value):
+            raise ValueError(
+                f"{argument} must be a number in {interval}, got {value!r}."
+            )
         return
     number, single = float(value), _float32(float(value))
     if not _is_in(number, interval):
@@ -44,6 +49,15 @@ def check_ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
         )
 
 
+def is_real_scalar(x: Any) -> bool:
+    """Says whether x is an array of shape () that holds a real number."""
+    if not hasattr(x, "dtype"):
+        return False
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    is_real = any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    return is_real and jnp.shape(x) == ()
+
+
 def check_leaves(name: str, tree: Any) -> None:
     """Raises ValueError for leaves that are neither floating-point nor complex."""
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -55,7 +69,7 @@ def check_leaves(name: str, tree: Any) -> None:
                 continue
             found = f"{show_leaf(path, leaf)} has dtype {dtype}"
         else:  # such as a function, in a whole Equinox model
-            found = f"'{_join(path)}' is of type {type(leaf).__name__}"
+            found = f"'{join(path)}' is of type {type(leaf).__name__}"
         raise ValueError(
             f"{name} takes floating-point leaves of 16 bits or more, but leaf {found}. "
             "Split such leaves off before you differentiate, as "
@@ -66,10 +80,10 @@ def check_leaves(name: str, tree: Any) -> None:
 
 
 def show_leaf(path: tuple[Any, ...], leaf: Any) -> str:
-    return f"'{_join(path)}' of shape {jnp.shape(leaf)}"
+    return f"'{join(path)}' of shape {jnp.shape(leaf)}"
 
 
-def _join(path: tuple[Any, ...]) -> str:
+def join(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -13,6 +13,7 @@ dicts are the cheapest way to carry an NNX model through a jitted step.
 This module needs Flax: ``pip install 'optax_tricks[nnx]'``.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -116,7 +117,8 @@ def batch_gradients(
         count. The count, which may also be a sum of weights, is not differentiated. A
         batch with a count of 0 has a loss of 0.
       graphdef: the graph definition of the model, from `split`.
-      params: the parameters, from `split`; an `nnx.State` works as well.
+      params: the parameters, from `split`; an `nnx.State` works as well. Those that are
+        part of ``model_state`` instead are frozen.
       model_state: all other state, from `split`; an `nnx.State` works as well.
       batch: any tree of arrays. With ``grad_accum_steps`` above 1, the first axis of
         every array counts the examples.
@@ -127,8 +129,8 @@ def batch_gradients(
       A `BatchGradients`.
 
     Raises:
-      ValueError: if ``grad_accum_steps`` is less than 1 or does not divide the first
-        axis of an array in ``batch``.
+      ValueError: if ``grad_accum_steps`` is no int of at least 1, or does not divide
+        the first axis of an array in ``batch``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -145,10 +147,13 @@ def batch_gradients(
       >>> print(f"{optax.tree.norm(updates):.3f}")
       0.100
     """
-    if grad_accum_steps < 1:
+    if not isinstance(grad_accum_steps, numbers.Integral) or grad_accum_steps < 1:
         raise ValueError(
-            f"grad_accum_steps must be at least 1, got {grad_accum_steps}."
+            f"grad_accum_steps must be an int of at least 1, got {grad_accum_steps!r}."
         )
+
+    # Frozen parameters are variables of nnx.Param too, but part of the model state.
+    differentiated = nnx.traversals.flatten_mapping(params)
 
     def mean_loss(
         params: Tree, model_state: Tree, batch: Tree
@@ -157,7 +162,7 @@ def batch_gradients(
         model = nnx.merge(graphdef, params, model_state, copy=True)
         loss, aux = _pair(loss_fn(model, batch))
         mean, count = _mean_and_count(loss)
-        state: Tree = nnx.state(model, nnx.Not(nnx.Param))
+        state: Tree = nnx.state(model, lambda path, _: path not in differentiated)
         if not isinstance(model_state, nnx.State):
             state = nnx.to_pure_dict(state)
         return mean, (count, aux, state)

@@ -128,24 +128,54 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, one_device):
             assert names["logits"].shape == names["expected"]
 
 
+DIFFERENCE = r"[+-][\d.]+ \[[^]]+\]"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def measured(study, technique, equal):
+    """The difference of a technique on the page of digits, or of all studies."""
+    if study == "digits":
+        row = rf"\| {technique} \| [^|]+ \| {equal} \| ({DIFFERENCE}) \|"
+        return re.search(row, PAGES["digits.md"])[1]
+    section = PAGES["studies.md"].split(f"\n## {study}\n")[1]
+    row = re.search(rf"^\| {technique} \| .*$", section, flags=re.MULTILINE)[0]
+    by_equal = dict(zip(("epochs", "gradients"), cells(row)[3:], strict=True))
+    return re.search(DIFFERENCE, by_equal[equal])[0]
+
+
 def test_the_numbers_of_the_choice_are_those_of_the_studies():
     choice, digits, studies = (
         " ".join(PAGES[name].split())
         for name in ("choose.md", "digits.md", "studies.md")
     )
-    differences = re.findall(r"[+-][\d.]+ \[[^]]+\]", choice)
-    assert len(differences) == 19
-    assert all(difference in digits for difference in differences[:6])
-    assert all(difference in studies for difference in differences[6:])
+    section = PAGES["choose.md"].split("## What we measured")[1]
+    header, _, *rows = map(cells, re.findall(r"^\|.*\|$", section, flags=re.MULTILINE))
+    studies_of_table = [re.match(r"\[(\w+)\]", column)[1] for column in header[2:]]
+    shown = {
+        (study, technique.strip("`"), equal): difference
+        for technique, equal, *differences in rows
+        for study, difference in zip(studies_of_table, differences, strict=True)
+        if difference
+    }
+    assert shown == {key: measured(*key) for key in shown}
+    in_prose = re.findall(DIFFERENCE, choice)
+    assert len(in_prose) == len(shown) + 3
+    assert all(f" {difference} |" in studies for difference in in_prose[-3:])
+    tuned = re.findall(DIFFERENCE, PAGES["finetuning.md"])
+    techniques = ("centralize", "perturbed_unit_step")
+    assert tuned == [measured("fine_tuning", name, "epochs") for name in techniques]
     report = " ".join(PAGES["centralize_report.md"].split())
-    (difference,) = re.findall(r"[+-][\d.]+ \[[^]]+\]", report)
+    (difference,) = re.findall(DIFFERENCE, report)
     assert f"| centralize | optax_centralize | {difference} |" in studies
     sgd, twice = (
         float(re.search(rf"\| {name} \| 1 \| ([\d.]+)", digits)[1])
         for name in ("sgd", "sgd, 2x epochs")
     )
     pugd = re.search(r"\| perturbed_unit_step \| 2 \| [^|]+ \| \+([\d.]+) ", digits)[1]
-    assert f"alone gives {twice - sgd:.2f} of the {pugd} points" in choice
+    assert f"they gain {twice - sgd:.2f} points, and PUGD gains {pugd}." in choice
 
 
 @pytest.mark.slow

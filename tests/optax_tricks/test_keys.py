@@ -54,3 +54,13 @@ def test_a_batch_of_keys_is_refused(make: Callable[[int], jax.Array]) -> None:
     keys = jax.random.split(make(0), 4)
     with pytest.raises(ValueError, match=r"keys of shape \(4,\)\. Build the .*vmap"):
         optax_tricks.scale_by_random(keys).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["0", None, 0.5, [0, 1], np.float32(0.5), jnp.float32(3), jnp.ones(2)],
+    ids=repr,
+)
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    with pytest.raises(ValueError, match=r"^key must be an int or a PRNG key, got "):
+        optax_tricks.scale_by_random(key)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import optax_tricks
 from optax_tricks import logged_scalars
@@ -123,6 +124,18 @@ def test_the_state_of_an_nnx_optimizer() -> None:
     scalars = logged_scalars(optimizer.opt_state)
     assert list(scalars) == RANDOM + BB
     assert scalars["bb_count"] == 1
+    assert logged_scalars(optimizer) == scalars
+
+
+def test_a_flax_train_state_stands_for_its_state() -> None:
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=random())
+    assert list(logged_scalars(state)) == RANDOM
+
+
+def test_a_state_of_optax_that_holds_another_is_read_in_full() -> None:
+    tx = optax.contrib.sam(optax.chain(random()), optax.sgd(0.1))
+    scalars = logged_scalars(tx.init(PARAMS))
+    assert list(scalars) == ["steps_since_sync", *RANDOM]
 
 
 @pytest.mark.parametrize("state", [(), None, {}, optax.EmptyState(), [()]])

@@ -148,6 +148,27 @@ def test_nnx_optimizer_drives_two_gradient_transforms(name, batch, parts):
     )
 
 
+@pytest.mark.parametrize("as_dicts", [False, True], ids=["states", "dicts"])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_parameters_that_a_filter_leaves_out_are_frozen(
+    batch, grad_accum_steps, as_dicts
+):
+    model = Network(nnx.Rngs(0))
+    is_trained = lambda path, x: isinstance(x, nnx.Param) and "head" in path  # noqa: E731
+    graphdef, *parts = nnx.split(model, is_trained, ...)
+    if as_dicts:
+        parts = list(map(nnx.to_pure_dict, parts))
+    params, model_state = parts
+    out = batch_gradients(
+        loss_fn, graphdef, *parts, batch, grad_accum_steps=grad_accum_steps
+    )
+    assert list(out.grads) == ["head"]
+    chex.assert_trees_all_equal_structs(out.model_state, model_state)
+    after = nnx.merge(graphdef, params, out.model_state)
+    assert jnp.array_equal(after.hidden.kernel[...], model.hidden.kernel[...])
+    assert not jnp.array_equal(after.norm.mean[...], model.norm.mean[...])
+
+
 def loss_fn_without_aux(model, batch):
     return loss_fn(model, batch)[0], None
 
@@ -304,9 +325,9 @@ def test_parts_of_unequal_size_are_refused(batch, parts, grad_accum_steps):
         batch_gradients(loss_fn, *parts, batch, grad_accum_steps=grad_accum_steps)
 
 
-@pytest.mark.parametrize("grad_accum_steps", [0, -2])
-def test_fewer_than_one_part_is_refused(batch, parts, grad_accum_steps):
-    message = f"grad_accum_steps must be at least 1, got {grad_accum_steps}"
+@pytest.mark.parametrize("grad_accum_steps", [0, -2, 2.0, "2", None])
+def test_what_is_no_number_of_parts_is_refused(batch, parts, grad_accum_steps):
+    message = f"grad_accum_steps must be an int of at least 1, got {grad_accum_steps!r}"
     with pytest.raises(ValueError, match=message):
         batch_gradients(loss_fn, *parts, batch, grad_accum_steps=grad_accum_steps)
 

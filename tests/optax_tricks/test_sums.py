@@ -74,3 +74,14 @@ def test_global_norms_are_those_of_each_tree():
     (half,) = optax_tricks.global_norms({"a": jnp.full(4, 300.0, jnp.float16)})
     assert half == 600.0
     assert half.dtype == jnp.float32  # 300 ** 2 is no float16
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"a": jnp.ones(2)}, {"a": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(())}],
+    ids=["shape", "broadcastable", "a leaf more"],
+)
+def test_global_norms_of_unequal_trees_are_refused(other):
+    tree = {"a": jnp.ones((2, 1))}
+    with pytest.raises(ValueError, match=r"equal shapes, got \[\(2, 1\)\] and \["):
+        optax_tricks.global_norms(tree, tree, other)

@@ -109,6 +109,10 @@ BEYOND_SINGLE = [
 ]
 
 
+# What is no number, and no array that may be a traced one.
+NO_NUMBERS = ["0.1", None, [0.1], 0.1j, np.ones(2), jax.random.key(0), jnp.sin]
+
+
 def cases(which: int) -> pytest.MarkDecorator:
     """Parametrizes by the bad (4) or good (5) values, as every type of number."""
     return pytest.mark.parametrize(
@@ -148,6 +152,21 @@ def test_numbers_that_float32_cannot_hold_are_refused(
     message = rf"must be in .*, got ({value}|6e\+38), which is {shown} in float32\.$"
     with pytest.raises(ValueError, match=message):
         factory(**{**kwargs, **changes})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "name"),
+    [*(case[:3] for case in RANGES), (*RANDOM, "minval"), (*RANDOM, "maxval")],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_what_is_no_number_is_refused(
+    factory: Factory, kwargs: Kwargs, name: str, value: Any
+) -> None:
+    if callable(value) and name == "learning_rate":
+        return  # a schedule
+    with pytest.raises(ValueError, match=f"^{name} must be a number in .*, got "):
+        factory(**{**kwargs, name: value})
 
 
 @cases(5)
@@ -283,6 +302,7 @@ def test_a_missing_argument_shows_the_call_to_write(
         str(error.value),
     )
     assert shown
+    assert "TrainState.apply_gradients does not pass it on" in str(error.value)
     assert str(error.value).endswith("/docs/faq.md#why-does-my-code-say-got-no-grad_fn")
     names = {
         "jax": jax,
@@ -298,12 +318,32 @@ def test_a_missing_argument_shows_the_call_to_write(
     assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
 
 
+def boxed(params: Any) -> Any:
+    return jax.tree.map(lambda x: [x], params)
+
+
+@two_gradients
+def test_a_second_gradient_in_another_tree_is_told_from_other_shapes(
+    factory: Factory, kwargs: Kwargs
+) -> None:
+    tx = factory(**kwargs)
+    message = r"shapes agree, .*: 'b/0' in place of 'b'\. .*batch_gradients.*guides/nnx"
+    with pytest.raises(ValueError, match=message) as error:
+        tx.update(
+            PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda params, step: boxed(params)
+        )
+    assert "PyTreeDef" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the containers differ\. For Flax NNX"):
+        tx.update(
+            [PARAMS], tx.init([PARAMS]), [PARAMS], grad_fn=lambda p, step: (p[0],)
+        )
+
+
 BAD_GRADIENTS = {
     "value-and-grad": lambda params: (jnp.float32(0.0), params),
     "gradient-and-auxiliary": lambda params: (params, {"logits": jnp.ones(3)}),
     "nothing": lambda params: None,
     "a-leaf-less": lambda params: {"w": params["w"]},
-    "another-container": lambda params: list(params.values()),
     "another-shape": lambda params: {**params, "w": jnp.ones(3)},
     "broadcastable": lambda params: {**params, "w": jnp.ones(1)},
     "stacked": lambda params: jax.tree.map(lambda x: jnp.stack([x, x]), params),
@@ -321,6 +361,27 @@ def test_a_second_gradient_of_another_form_is_refused(
         tx.update(
             PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda params, step: output(params)
         )
+
+
+# Functions that take other arguments than (params, step), for a batch in place of step.
+OTHER_SIGNATURES = {
+    "the batch is missing": lambda params: params,
+    "the step is the batch": lambda params, batch: batch["inputs"],
+    "two batches": lambda params, inputs, labels: params,
+}
+
+
+@pytest.mark.parametrize("bad", OTHER_SIGNATURES.values(), ids=OTHER_SIGNATURES)
+@two_gradients
+def test_an_error_in_grad_fn_comes_with_its_signature(
+    factory: Factory, kwargs: Kwargs, bad: Callable[..., Any]
+) -> None:
+    tx = factory(**kwargs)
+    with pytest.raises(TypeError) as error:
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=bad)
+    (note,) = error.value.__notes__
+    assert "called grad_fn(params, 0), where 0 is a step number" in note
+    assert note.endswith("docs/guides/jax.md#two-gradients-per-step")
 
 
 def test_step_tuned_sgd_refuses_a_schedule_and_names_a_remedy_that_works() -> None:
