@@ -190,10 +190,10 @@ The studies on this page are declared in
 [catalogue.py](../benchmarks/studies/catalogue.py), and their rows are in
 [results/studies](../benchmarks/results/studies). The first command lists them, the
 second one runs one of them or adds seeds to it, and the third one makes this page from
-the rows. [compare.md](compare.md) explains the columns and the verdicts. Each study is
-a small network on few images: what helps here need not help elsewhere. The intervals
-belong to the learning rates that are shown. They leave out that the trials might have
-chosen others.
+the rows. [Which technique helps on your images](compare.md) explains the columns and
+the verdicts. Each study is a small network on few images: what helps here need not help
+elsewhere. The intervals belong to the learning rates that are shown. They leave out
+that the trials might have chosen others.
 """
 
 _FIGURE = """
