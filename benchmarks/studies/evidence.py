@@ -334,8 +334,8 @@ def _against_nulls(each: Finished) -> str:
         for (technique, null), effect in zip(pairs, effects, strict=True)
     ]
     return (
-        "\nEach technique beside what is left of it without its idea, at equal epochs; "
-        f"the verdicts count these {len(pairs)} comparisons:\n\n"
+        "\nEach technique beside what is left of it without its idea, at equal epochs. "
+        f"Comparisons that the verdicts count: {len(pairs)}.\n\n"
         + markdown(("technique", "without its idea", "difference", "verdict"), rows)
     )
 
