@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## train on real digits with plain SGD and each technique, and compare
-	$(BIN)/python -m benchmarks compare classification --dataset digits
+	$(BIN)/python -m benchmarks compare classification --dataset digits --runners 2
 
 test: lint types fast ## what to run before every push: lint, types and the fast tests
 

@@ -168,8 +168,12 @@ def test_the_numbers_of_the_choice_are_those_of_the_studies():
     techniques = ("centralize", "perturbed_unit_step")
     assert tuned == [measured("fine_tuning", name, "epochs") for name in techniques]
     report = " ".join(PAGES["centralize_report.md"].split())
-    (difference,) = re.findall(DIFFERENCE, report)
+    difference, *on_cifar10 = re.findall(DIFFERENCE, report)
     assert f"| centralize | optax_centralize | {difference} |" in studies
+    assert on_cifar10 == [
+        measured("wrong_axis_cifar10", name, "epochs")
+        for name in ("centralize", "optax_centralize")
+    ]
     sgd, twice = (
         float(re.search(rf"\| {name} \| 1 \| ([\d.]+)", digits)[1])
         for name in ("sgd", "sgd, 2x epochs")
