@@ -267,6 +267,19 @@ def test_the_kernels_of_the_techniques():
         )
 
 
+def test_how_many_networks_are_nearly_as_fast_as_those_of_pytorch():
+    ratios = [
+        float(row["ratio_median"])
+        for row in rows_of("speed_cpu")
+        if row["table"] == "network"
+    ]
+    few, more, most = (sum(r <= limit for r in ratios) for limit in (1.1, 1.3, 1.65))
+    assert (
+        f"Of the {len(ratios)} networks, {few} take at most 1.1 times as long as "
+        f"PyTorch's, {more} at most 1.3 times, and {most} at most 1.65 times."
+    ) in " ".join(page("docs/speed.md").split())
+
+
 def test_the_tables_of_speed():
     rows = rows_of("speed_cpu")
     text = page("docs/speed.md")

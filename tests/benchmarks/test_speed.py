@@ -28,11 +28,12 @@ def small(monkeypatch):
 
 
 def test_steps_are_of_networks_of_the_catalogue():
-    assert {*step_times.NETWORKS, *step_times.TASKS} <= set(models.names())
+    assert set(step_times.NETWORKS) == set(models.names())
+    assert set(step_times.TASKS) <= set(models.names())
 
 
 def test_unknown_networks_and_tables_are_refused():
-    with pytest.raises(UsageError, match=r"some of resnet20, .* got 'resnet'"):
+    with pytest.raises(UsageError, match=r"some of resnet8, .* got 'resnet'"):
         SpeedConfig(networks=("resnet",))
     with pytest.raises(UsageError, match=r"'tasks'.*task"):
         SpeedConfig(tables=("tasks",))
