@@ -136,39 +136,43 @@ _desk(
     seeds=10,
     techniques=("centralize", "perturbed_unit_step"),
 )
-_desk(
+
+
+def _wrong_axis(name: str, about: str, **settings: Any) -> None:
+    _desk(
+        name,
+        f"{about}, and the mean over other axes",
+        "classification",
+        trials=3,
+        techniques=("centralize", "optax_centralize"),
+        **settings,
+    )
+
+
+_wrong_axis(
     "wrong_axis_digits",
-    "MobileNetV2 on digits, and the mean over other axes",
-    "classification",
+    "MobileNetV2 on digits",
     model="mobilenet_v2_cifar",
-    trials=3,
     seeds=10,
-    techniques=("centralize", "optax_centralize"),
 )
-_desk(
+_wrong_axis(
     "wrong_axis_cifar10",
-    "ResNet-8 on CIFAR-10, 1,000 images, and the mean over other axes",
-    "classification",
+    "ResNet-8 on CIFAR-10, 1,000 images",
     dataset="image_folder/cifar10",
     train_examples=1000,
     epochs=10,
     eval_every=5,
-    trials=3,
     seeds=5,
-    techniques=("centralize", "optax_centralize"),
 )
-_desk(
+_wrong_axis(
     "wrong_axis_vit",
-    "ViT-Ti/16 on 300 images of digits at 32x32, and the mean over other axes",
-    "classification",
+    "ViT-Ti/16 on 300 images of digits at 32x32",
     model="deit_ti_16",
     dataset="digits",
     image_size=(32, 32),
     train_examples=300,
     base_optimizer="adam",
-    trials=3,
     seeds=5,
-    techniques=("centralize", "optax_centralize"),
 )
 _desk(
     "scenes_segmentation",

@@ -193,7 +193,7 @@ class CompareConfig:
     @property
     def methods(self) -> tuple[Method, ...]:
         """The baselines and what they are compared with, with their settings."""
-        # The settings of its own paper are called after a momentum.
+        # The baseline of Random Gradient's own settings is named after their momentum.
         own = (
             not self.recipe
             and self.momentum is None

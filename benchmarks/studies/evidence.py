@@ -110,7 +110,7 @@ def write_page(folder: Path = DOCS, readme: Path = README) -> None:
             technique: [
                 (each.study.name, effect.interval, effect.helps or effect.hurts)
                 for each in studies
-                for effect in _at_equal_gradients(each, technique)
+                if (effect := _at_equal_gradients(each, technique))
             ]
             for technique in OURS
         },
@@ -120,13 +120,12 @@ def write_page(folder: Path = DOCS, readme: Path = README) -> None:
     plots.save_profiles(profiles(complete), folder / "profiles.png")
 
 
-def _at_equal_gradients(each: Finished, technique: str) -> list[Effect]:
-    """Returns the effect of a technique in a study, if it has the technique."""
-    return [
-        summary.comparisons[-1].effect
-        for summary in each.summaries
-        if summary.method.name == technique
-    ]
+def _at_equal_gradients(each: Finished, technique: str) -> Effect | None:
+    """Returns the effect of a technique in a study; None if it is not part of it."""
+    for summary in each.summaries:
+        if summary.method.name == technique:
+            return summary.comparisons[-1].effect
+    return None
 
 
 def overview(studies: Sequence[Finished]) -> str:
@@ -138,15 +137,18 @@ def overview(studies: Sequence[Finished]) -> str:
     for each in studies:
         if len({method.name for method in each.methods} & set(OURS)) < 2:
             continue
-        cells = []
-        for technique in OURS:
-            effects = _at_equal_gradients(each, technique)
-            texts = [with_range(*effect.interval, "+.2f") for effect in effects]
-            clear = [effect.helps or effect.hurts for effect in effects]
-            cells.append(f"**{texts[0]}**" if any(clear) else "".join(texts))
+        cells = (_marked(_at_equal_gradients(each, technique)) for technique in OURS)
         link = f"[{each.study.about}](docs/studies.md#{each.study.name})"
         rows.append((link, f"{len(each.seeds)}", *cells))
     return markdown(("study", "seeds", *OURS), rows)
+
+
+def _marked(effect: Effect | None) -> str:
+    """Returns a difference, in bold if it is clear."""
+    if effect is None:
+        return ""
+    text = with_range(*effect.interval, "+.2f")
+    return f"**{text}**" if effect.helps or effect.hurts else text
 
 
 def _has_all(each: Finished) -> bool:
