@@ -20,7 +20,9 @@ all others            XLA's; if strided, the gradient with respect to a
 There the gradients of XLA's convolution are convolutions in the layout (batch, height,
 width, channels) too. XLA brings others to this layout by itself, but on CPUs it does
 not do so inside loops, where they are some fifty times slower
-(https://github.com/jax-ml/jax/issues/12868).
+(https://github.com/jax-ml/jax/issues/12868). The gradient with respect to the kernel
+reads that of the output once for each input channel, so a large one is divided into
+bands of rows, which stay in the cache.
 
 In the other forms, half precision is computed in float32 and rounded once.
 """
@@ -49,8 +51,8 @@ _FEW_PIXELS_OF_BATCH = 128
 # and input channels from which they are.
 _FEW_STRIDED_PIXELS = 256
 _MANY_STRIDED_CHANNELS = 128
-# Images in half a batch from which two halves take no longer than the whole.
-_IMAGES_OF_HALF = 16
+# Entries of an output up to which it stays in the cache of a core: 1 MiB in float32.
+_ENTRIES_OF_BAND = 2**18
 # Channels in a group from which XLA's convolution is fast.
 _FAST_GROUP = 16
 
@@ -366,38 +368,50 @@ def _kernel_gradient(
     x: jax.Array, kernel: jax.Array, window: Window, dy: jax.Array
 ) -> jax.Array:
     span, reach = _lengths(kernel, window, dy)
-    padding = [
+    rows, columns = (
         (low, span[i] + reach[i] + 1 - x.shape[1 + i] - low)
         for i, (low, _) in enumerate(window.padding)
-    ]
+    )
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
 
-    def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    def gradient(x: jax.Array, dy: jax.Array, rows: Size) -> jax.Array:
         # The sum over the batch takes the place of the one over input channels.
         found = lax.conv_general_dilated(
             x.transpose(3, 1, 2, 0),
             dy.transpose(1, 2, 0, 3),
             window.dilation,
-            padding,
+            (rows, columns),
             rhs_dilation=window.strides,
             dimension_numbers=_LAYOUT,
             preferred_element_type=dtype,
         )
         return found.transpose(1, 2, 0, 3)
 
-    def add_half(i: jax.Array, total: jax.Array) -> jax.Array:
-        x_half, dy_half = (
-            lax.dynamic_slice_in_dim(array, i * half, half) for array in (x, dy)
-        )
-        return total + gradient(x_half, dy_half)
+    bands = _number_of_bands(dy)
+    if bands == 1:
+        return gradient(x, dy, rows).astype(x.dtype)
 
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    half, rest = divmod(x.shape[0], 2)
-    if rest or half < _IMAGES_OF_HALF:
-        return gradient(x, dy).astype(x.dtype)
-    # Outside of a loop, XLA would compute x and dy a second time, pixel by pixel in the
-    # transposed order, which can take longer than the convolution.
+    height, step = dy.shape[1] // bands, window.strides[0]
+    reach_of_band = span[0] + (height - 1) * step + 1
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*rows, 0), *((0, 0, 0),) * 2))
+
+    def add_band(i: jax.Array, total: jax.Array) -> jax.Array:
+        first = i * height
+        x_band = lax.dynamic_slice_in_dim(x, first * step, reach_of_band, axis=1)
+        dy_band = lax.dynamic_slice_in_dim(dy, first, height, axis=1)
+        return total + gradient(x_band, dy_band, (0, 0))
+
     zeros = jnp.zeros(kernel.shape, dtype)
-    return lax.fori_loop(0, 2, add_half, zeros).astype(x.dtype)
+    return lax.fori_loop(0, bands, add_band, zeros).astype(x.dtype)
+
+
+def _number_of_bands(dy: jax.Array) -> int:
+    """Returns the number of bands of rows in which to add up the kernel gradient."""
+    rows = dy.shape[1]
+    for bands in range(1, rows):
+        if rows % bands == 0 and dy.size <= bands * _ENTRIES_OF_BAND:
+            return bands
+    return rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
