@@ -29,7 +29,7 @@ LEAST_SEEDS = 2
 # An epoch has so many steps at least if examples or batch size are chosen.
 LEAST_STEPS = 10
 # The steps of a program are timed for so long, but at least three of them.
-_TIMED_SECONDS = 0.3
+_TIMED_SECONDS = 0.1
 _TIMED_STEPS = 3
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
