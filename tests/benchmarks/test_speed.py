@@ -72,6 +72,20 @@ def test_steps_are_timed_beside_pytorch(monkeypatch):
     assert speed._flat(found)["ratio_median"] == found.ratio.median
 
 
+def test_compilation_of_pytorch_is_not_read_from_a_cache(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", False)
+    without_caches = []
+
+    def compile_network(network):
+        without_caches.append(torch.compiler.config.force_disable_caches)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_network)
+    step_times._torch_step("resnet8", 2, 8, 3, compiled=True)
+    assert without_caches == [True]
+
+
 def test_ratio_is_to_the_faster_of_both(small, monkeypatch):
     ticks = {"ours": 2.0, "limit": 1.0, "eager": 4.0, "compiled": 1.0}
     step = Program(run=None, compile_seconds=3, flop=2e9, bytes=5)
