@@ -168,10 +168,11 @@ def test_the_numbers_of_the_choice_are_those_of_the_studies():
     techniques = ("centralize", "perturbed_unit_step")
     assert tuned == [measured("fine_tuning", name, "epochs") for name in techniques]
     report = " ".join(PAGES["centralize_report.md"].split())
-    difference, *on_cifar10 = re.findall(DIFFERENCE, report)
+    difference, *of_axes = re.findall(DIFFERENCE, report)
     assert f"| centralize | optax_centralize | {difference} |" in studies
-    assert on_cifar10 == [
-        measured("wrong_axis_cifar10", name, "epochs")
+    assert of_axes == [
+        measured(f"wrong_axis_{study}", name, "epochs")
+        for study in ("cifar10", "vit", "digits")
         for name in ("centralize", "optax_centralize")
     ]
     sgd, twice = (
