@@ -197,7 +197,7 @@ def _torch_step(
     network = NETWORKS[name]().to(memory_format=layout).train()
     images = torch.randn(batch_size, channels, size, size).to(memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    # Otherwise the second measurement on a machine would time how to read a file.
+    # Otherwise the second measurement on a machine would time the reading of a cache.
     torch.compiler.config.force_disable_caches = True
     forward = torch.compile(network) if compiled else network
 

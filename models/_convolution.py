@@ -29,6 +29,7 @@ In the other forms, half precision is computed in float32 and rounded once.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -387,13 +388,15 @@ def _kernel_gradient(
         )
         return found.transpose(1, 2, 0, 3)
 
-    bands = _number_of_bands(dy)
-    if bands == 1:
+    height = _rows_of_band(dy)
+    if height == dy.shape[1]:
         return gradient(x, dy, rows).astype(x.dtype)
 
-    height, step = dy.shape[1] // bands, window.strides[0]
+    bands, step = math.ceil(dy.shape[1] / height), window.strides[0]
+    missing = bands * height - dy.shape[1]  # in the last band, which gets zeros
     reach_of_band = span[0] + (height - 1) * step + 1
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*rows, 0), *((0, 0, 0),) * 2))
+    x = _pad_rows(x, rows[0], rows[1] + missing * step)
+    dy = _pad_rows(dy, 0, missing)
 
     def add_band(i: jax.Array, total: jax.Array) -> jax.Array:
         first = i * height
@@ -405,13 +408,16 @@ def _kernel_gradient(
     return lax.fori_loop(0, bands, add_band, zeros).astype(x.dtype)
 
 
-def _number_of_bands(dy: jax.Array) -> int:
-    """Returns the number of bands of rows in which to add up the kernel gradient."""
-    rows = dy.shape[1]
-    for bands in range(1, rows):
-        if rows % bands == 0 and dy.size <= bands * _ENTRIES_OF_BAND:
-            return bands
-    return rows
+def _rows_of_band(dy: jax.Array) -> int:
+    """Returns the height of the bands in which to add up the kernel gradient."""
+    bands = max(1, math.ceil(dy.size / _ENTRIES_OF_BAND))
+    return math.ceil(dy.shape[1] / bands)
+
+
+def _pad_rows(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Adds rows of zeros, or removes rows where a number is negative."""
+    keep = (0, 0, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), (keep, (before, after, 0), keep, keep))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
