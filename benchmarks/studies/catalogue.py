@@ -109,6 +109,19 @@ for name, title, dataset in (
         optimizers=("adam",),
         techniques=_ALL,
     )
+_desk(
+    "cifar10_1000_tuned",
+    "ResNet-8 on CIFAR-10, 1,000 images, and rates for each method",
+    "classification",
+    dataset="image_folder/cifar10",
+    train_examples=1000,
+    epochs=10,
+    eval_every=5,
+    trials=3,
+    seeds=5,
+    optimizers=("adam",),
+    techniques=_ALL,
+)
 # Rates that are small and large for SGD, with a momentum at which the paper sees gains
 # and one at which it does not.
 for momentum in (0.5, 0.9):
@@ -194,6 +207,40 @@ _desk(
     eval_every=2,
     techniques=("scale_by_random", "scale_by_mean", "centralize", "optax_centralize"),
 )
+_desk(
+    "camvid_100",
+    "small U-Net on CamVid at 120x160, 100 images",
+    "segmentation",
+    dataset="camvid",
+    image_size=(120, 160),
+    train_examples=100,
+    epochs=5,
+    eval_every=5,
+    trials=3,
+    seeds=5,
+    optimizers=("sgd",),
+    techniques=OURS,
+)
+for name, networks, techniques in (
+    ("maps_generator", "generator", ("centralize", "optax_centralize")),
+    ("maps_both", "both", ()),
+):
+    _desk(
+        name,
+        f"small pix2pix on maps at 64x64, 300 images, techniques on "
+        f"{'both networks' if networks == 'both' else 'the generator'}",
+        "translation",
+        dataset="paired_images/maps",
+        image_size=(64, 64),
+        techniques_on=networks,
+        train_examples=300,
+        # It has no other split to test on, and nothing is chosen by it.
+        eval_split="validation",
+        epochs=5,
+        eval_every=5,
+        seeds=5,
+        techniques=("scale_by_random", "scale_by_mean", *techniques),
+    )
 
 # ---------------------------- An hour on one GPU --------------------------------------
 

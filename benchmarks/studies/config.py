@@ -67,6 +67,9 @@ class CompareConfig:
     list` shows them. digits or digit_scenes if unset."""
     model: str | None = None
     """Network to train, or the generator for translation; a small one if unset."""
+    techniques_on: Literal["generator", "both"] | None = None
+    """Networks that are trained with the techniques, for translation; the generator if
+    unset."""
     techniques: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = OURS
     """Techniques to compare, separated by spaces; those of one chain are joined by +,
     as in centralize+perturbed_unit_step, and options follow a colon, as in sam:rho=0.1.
@@ -128,6 +131,8 @@ class CompareConfig:
             raise UsageError(f"recipe {self.recipe} is not for {self.task}")
         if self.weights is not None and self.task == "translation":
             raise UsageError("weights are not for translation: leave them out")
+        if self.techniques_on is not None and self.task != "translation":
+            raise UsageError("techniques_on is for translation alone: leave it out")
         if self.optimizers and self.learning_rate is not None:
             raise UsageError(
                 "optimizers and learning_rate exclude each other: other optimizers "
@@ -247,6 +252,8 @@ class CompareConfig:
         changes: dict[str, Any] = {}
         if self.model is not None:
             changes[self.study_task.network] = self.model
+        if self.techniques_on is not None:
+            changes["techniques_on"] = self.techniques_on
         if self.weights is not None:
             changes |= _pretrained(self.task, self.weights)
         epochs *= method.epochs_factor

@@ -81,7 +81,7 @@ CLAIMS = (
         ),
         needs="PASCAL VOC 2012, ImageNet weights, and one GPU for a day per row",
         lab=("rg_camvid_pspnet50",),
-        desk=("scenes_segmentation",),
+        desk=("scenes_segmentation", "camvid_100"),
     ),
     Claim(
         source="Random Gradient, Figure 1",
@@ -98,7 +98,7 @@ CLAIMS = (
         technique="scale_by_random",
         needs="PASCAL VOC 2012, ImageNet weights, and one GPU for days",
         paper=("rg_duc_0", "rg_duc_0.9", "rg_duc_0.95"),
-        desk=("scenes_segmentation",),
+        desk=("scenes_segmentation", "camvid_100"),
     ),
     Claim(
         source="Random Gradient, Figures 4 to 6",
@@ -112,7 +112,7 @@ CLAIMS = (
         ),
         lab=("rg_cifar10_lab",),
         desk=(
-            *("digits_nulls", "cifar10_1000"),
+            *("digits_nulls", "cifar10_1000", "cifar10_1000_tuned"),
             *("rg_digits_small_0.5", "rg_digits_large_0.5"),
             *("rg_digits_small_0.9", "rg_digits_large_0.9"),
         ),
@@ -124,7 +124,7 @@ CLAIMS = (
         needs="the maps dataset at 256 pixels, and one GPU for a day",
         paper=("rg_maps",),
         lab=("rg_maps_lab",),
-        desk=("scenes_translation",),
+        desk=("scenes_translation", "maps_generator", "maps_both"),
     ),
     Claim(
         source="Gradient Centralization, Table 1",
@@ -143,7 +143,7 @@ CLAIMS = (
         ),
         needs="CIFAR-100, and one GPU for hours to days per network",
         lab=("gc_cifar10_lab",),
-        desk=("digits_nulls", "cifar10_1000", "fashion_1000"),
+        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned", "fashion_1000"),
     ),
     Claim(
         source="Gradient Centralization, Table 2",
@@ -161,7 +161,7 @@ CLAIMS = (
             )
         ),
         needs=_RESNET50,
-        desk=("scenes_segmentation",),
+        desk=("scenes_segmentation", "camvid_100"),
     ),
     Claim(
         source="Gradient Centralization, Table 3",
@@ -255,7 +255,7 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for half a day",
         paper=("step_tuned_cifar10",),
         lab=("step_tuned_lab",),
-        desk=("digits_nulls", "cifar10_1000"),
+        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned"),
     ),
     Claim(
         source="PUGD, UPANet",
@@ -264,7 +264,7 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for a day",
         paper=("pugd_upanet16",),
         lab=("pugd_lab",),
-        desk=("digits_nulls", "cifar10_1000", "fashion_1000"),
+        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned", "fashion_1000"),
     ),
     Claim(
         source="PUGD, fine-tuned transformers",

@@ -145,6 +145,7 @@ def test_a_folder_that_cannot_be_written_fails_before_training(
         ({"recipe": "pix2pix"}, "unknown recipe 'pix2pix'; did you mean pix2pix_maps"),
         ({"recipe": "pix2pix_maps"}, "recipe pix2pix_maps is not for classification"),
         ({"task": "translation", "weights": "w.safetensors"}, "weights are not for tr"),
+        ({"techniques_on": "both"}, "techniques_on is for translation alone"),
         ({"budget": 60.0, "runners": 2}, "a budget is for one process"),
         ({"ray": "auto"}, "ray needs the number of runners"),
     ],
@@ -250,6 +251,15 @@ def test_a_recipe_sets_all_but_the_techniques():
     # The options of the recipe's techniques are kept, unless a method sets them.
     assert runs[2] == recipe
     assert [run.optimizer.conv_only for run in runs] == [True] * 3 + [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "generator"), ("both", "both")]
+)
+def test_techniques_act_on_the_networks_that_are_named(given, expected):
+    config = CompareConfig(task="translation", techniques_on=given)
+    for method in config.methods:
+        assert config.run_config(method, 1, 1).techniques_on == expected
 
 
 def test_flags_override_a_recipe():
