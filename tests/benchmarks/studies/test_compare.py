@@ -253,9 +253,7 @@ def test_a_recipe_sets_all_but_the_techniques():
     assert [run.optimizer.conv_only for run in runs] == [True] * 3 + [False, True]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [(None, "generator"), ("both", "both")]
-)
+@pytest.mark.parametrize(("given", "expected"), [(None, "generator"), ("both", "both")])
 def test_techniques_act_on_the_networks_that_are_named(given, expected):
     config = CompareConfig(task="translation", techniques_on=given)
     for method in config.methods:
