@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
@@ -106,9 +107,9 @@ def centralize(
       keep their shape and dtype. Complex leaves are supported.
 
     Raises:
-      ValueError: if ``reduction_axes`` is no layout, or ``()``; on update, if
-        ``reduction_axes`` do not fit a leaf or have no entry for it, or if a leaf is
-        neither floating-point nor complex.
+      ValueError: if ``reduction_axes`` is no layout, or ``()``, or if ``conv_only`` is
+        no bool; on update, if ``reduction_axes`` do not fit a leaf or have no entry for
+        it, or if a leaf is neither floating-point nor complex.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -141,6 +142,10 @@ def centralize(
       Optimization Technique for Deep Neural
       Networks](https://arxiv.org/abs/2004.01461), 2020
     """
+    if not isinstance(conv_only, bool | np.bool_):
+        raise ValueError(
+            f"centralize: conv_only must be True or False, got {conv_only!r}."
+        )
     if isinstance(reduction_axes, str):
         _output_axis(reduction_axes, 2)
     elif isinstance(reduction_axes, tuple) and not reduction_axes:

@@ -46,8 +46,9 @@ def scale_by_random(
     weight decay are not scaled if this transform precedes them in the chain.
 
     Args:
-      key: an int or a single PRNG key. To train several seeds under `jax.vmap`, build
-        the transform inside the mapped function, with one key for each seed.
+      key: an int of 64 bits or a single PRNG key. To train several seeds under
+        `jax.vmap`, build the transform inside the mapped function, with one key for
+        each seed.
       minval: the lower limit of the factor, inclusive.
       maxval: the upper limit of the factor, exclusive. Equal limits give a constant.
       probability: the probability, in [0, 1], that a step is scaled. Other steps are
@@ -58,10 +59,10 @@ def scale_by_random(
       leaves are multiplied by the same factor and keep their dtype.
 
     Raises:
-      ValueError: if ``key`` is neither an int nor a key, if ``minval > maxval``, if one
-        of them or their difference is not finite in float32, or if ``probability`` is
-        outside [0, 1]; on init, if ``key`` is an array of several keys; on update, if a
-        leaf is neither floating-point nor complex.
+      ValueError: if ``key`` is neither such an int nor a key, if ``minval > maxval``,
+        if one of them or their difference is not finite in float32, or if
+        ``probability`` is outside [0, 1]; on init, if ``key`` is an array of several
+        keys; on update, if a leaf is neither floating-point nor complex.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_tricks
@@ -128,6 +129,8 @@ def _check_key(key: ArrayLike) -> None:
     )
     if not isinstance(key, numbers.Integral) and not is_array:
         raise ValueError(f"key must be an int or a PRNG key, got {key!r}.")
+    if isinstance(key, int) and not -(2**63) <= key < 2**63:
+        raise ValueError(f"key must be at least -2**63 and below 2**63, got {key}.")
 
 
 def _own_key(key: ArrayLike) -> jax.Array:

@@ -64,3 +64,15 @@ def test_a_batch_of_keys_is_refused(make: Callable[[int], jax.Array]) -> None:
 def test_what_is_no_key_is_refused(key: Any) -> None:
     with pytest.raises(ValueError, match=r"^key must be an int or a PRNG key, got "):
         optax_tricks.scale_by_random(key)
+
+
+@pytest.mark.parametrize("key", [2**63, 2**70, -(2**63) - 1])
+def test_an_int_of_more_than_64_bits_is_refused(key: int) -> None:
+    with pytest.raises(ValueError, match=r"^key must be at least -2\*\*63 and below 2"):
+        optax_tricks.scale_by_random(key)
+
+
+@pytest.mark.parametrize("key", [2**63 - 1, -(2**63), np.uint64(2**64 - 1)])
+def test_an_int_of_64_bits_is_a_key(key: Any) -> None:
+    state = optax_tricks.scale_by_random(key).init(PARAMS)
+    assert (jax.random.key_data(state.random_key) == jax.random.PRNGKey(key)).all()

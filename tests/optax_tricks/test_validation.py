@@ -169,6 +169,16 @@ def test_what_is_no_number_is_refused(
         factory(**{**kwargs, name: value})
 
 
+@pytest.mark.parametrize("value", ["no", 1, 0.0, None, [], jnp.array(True)], ids=repr)
+def test_a_switch_is_true_or_false(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^centralize: conv_only must be True or F"):
+        optax_tricks.centralize(conv_only=value)
+
+
+def test_a_switch_may_come_from_numpy() -> None:
+    optax_tricks.centralize(conv_only=np.bool_(True))  # type: ignore[arg-type]
+
+
 @cases(5)
 def test_numbers_up_to_the_ends_of_their_range_are_taken(
     factory: Factory, kwargs: Kwargs, name: str, interval: str, value: Any
