@@ -5,6 +5,7 @@ on it and returns the next state. With data on the device, a step moves nothing 
 host and device.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -40,6 +41,7 @@ from train.step import (
     eval_params,
     init_state,
     make_train_step,
+    without_log,
 )
 from train.tasks import Task, open_task
 from train.tasks.base import Networks, Sums
@@ -106,15 +108,17 @@ class Plan:
             ema_decay=config.ema,
         )
 
+        # Traced once: for the names of the metrics, and for the step that logs them.
+        @functools.partial(jax.jit, inline=True)
         def step(state: TrainState, feed: Any) -> tuple[TrainState, StepMetrics]:
             return train_step(state, self._batch(train_loader, feed, state.step))
 
         def step_and_log(state: TrainState, feed: Any) -> TrainState:
-            after, metrics = step(state, feed)
+            after, metrics = step(without_log(state), feed)
             return after._replace(log=add_to_log(state.log, metrics, state.step))
 
         self.abstract_feed = train_loader.abstract_feed(sampler)
-        self.abstract_state = self._abstract_state(trainables, step, self.abstract_feed)
+        self.abstract_state = self._abstract_state(networks, trainables, step)
         self._shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.step = jax.jit(
             step_and_log, donate_argnums=0, out_shardings=self._shardings
@@ -153,30 +157,31 @@ class Plan:
 
     def _abstract_state(
         self,
+        networks: Networks,
         trainables: dict[str, Trainable],
         step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
-        feed: Any,
     ) -> TrainState:
-        def first_state(feed: Any) -> TrainState:
-            networks = self.task.create_networks(nnx.Rngs(0))
-            state = init_state(
-                networks, trainables, jax.random.key(0), ema_decay=self.config.ema
+        def first_state(arrays: dict[str, tuple[Tree, Tree]]) -> TrainState:
+            return init_state(
+                {n: nnx.merge(t.graphdef, *arrays[n]) for n, t in trainables.items()},
+                trainables,
+                jax.random.key(0),
+                ema_decay=self.config.ema,
             )
-            _, metrics = step(state, feed)
-            return state._replace(log=empty_log(metrics))
 
-        state = jax.eval_shape(first_state, feed)
+        arrays = {name: split(network)[1:] for name, network in networks.items()}
+        state: TrainState = self._sharded(jax.eval_shape(first_state, arrays))
+        _, metrics = jax.eval_shape(step, state, self.abstract_feed)
+        return state._replace(log=self._sharded(jax.eval_shape(empty_log, metrics)))
+
+    def _sharded(self, tree: Tree) -> Tree:
+        """Returns shapes and dtypes with the shardings that they have in a state."""
         shardings = state_shardings(
-            state, self.mesh, shard_params=self.config.shard_params
-        )
-        # Every process reads these.
-        whole = replicated(self.mesh)
-        shardings = shardings._replace(
-            step=whole, log=jax.tree.map(lambda _: whole, state.log)
+            tree, self.mesh, shard_params=self.config.shard_params
         )
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            state,
+            tree,
             shardings,
         )
 

@@ -257,6 +257,11 @@ def empty_log(metrics: StepMetrics) -> EpochLog:
     return EpochLog(averaged, _values(averaged) | latest, jnp.int32(-1))
 
 
+def without_log(state: TrainState) -> TrainState:
+    """Returns the state with a log that has no metrics, as `init_state` does."""
+    return state._replace(log=EpochLog({}, {}, state.log.bad_step))
+
+
 def add_to_log(log: EpochLog, metrics: StepMetrics, step: Int[Array, ""]) -> EpochLog:
     """Returns the log with the metrics of one more step."""
     is_first_bad = (log.bad_step < 0) & ~metrics.is_finite

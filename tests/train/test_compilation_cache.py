@@ -26,21 +26,24 @@ for name in ("hits", "misses"):
 """
 
 
-def run(**environment):
-    """Returns the lines that the program prints, of which none may be a warning."""
+def run_python(program, **environment):
+    """Returns the lines that a program prints, of which none may be a warning."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=kept
-        | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        | environment,
+        [sys.executable, "-c", program],
+        env=kept | environment,
         capture_output=True,
         text=True,
         check=True,
     )
     assert not result.stderr
-    value, hits, misses = result.stdout.splitlines()
+    return result.stdout.splitlines()
+
+
+def run(**environment):
+    """Runs two programs, and returns what they print and their hits and misses."""
+    value, hits, misses = run_python(PROGRAM, **environment)
     return value, int(hits.split()[1]), int(misses.split()[1])
 
 
@@ -53,6 +56,28 @@ def test_second_start_compiles_nothing(tmp_path):
     assert hits == 0
     assert misses == len(entries(tmp_path)) >= 2
     assert run(XDG_CACHE_HOME=str(tmp_path)) == (value, misses, 0)
+
+
+STEPS = """
+import hashlib
+
+from train.program import open_program
+from train.tasks import TASKS
+
+for task in TASKS.values():
+    config = task.config_type()
+    program, _ = open_program(config)
+    text = program.step.lower(program.abstract_state, program.abstract_feed).as_text()
+    print(config.task, hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_every_process_makes_the_same_programs():
+    """Others would not be found in the cache."""
+    made = [run_python(STEPS, PYTHONHASHSEED=str(seed)) for seed in range(3)]
+    assert len(made[0]) == 3
+    assert made == [made[0]] * 3
 
 
 def cut(folder):

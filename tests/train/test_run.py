@@ -380,3 +380,20 @@ def test_batch_statistics_after_two_gradients_are_those_after_one(
     chex.assert_trees_all_close(other.model_state, plain.model_state, rtol=1e-6)
     difference = optax.tree.sub(other.params, plain.params)
     assert float(optax.tree.norm(difference)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("techniques", "config", "losses"),
+    [((), {}, 1), ((), {"ema": 0.9, "shard_params": True}, 1), (("sam",), {}, 2)],
+)
+def test_a_step_is_traced_once(techniques, config, losses):
+    """Tracing takes most of the time of a start that compiles nothing."""
+    traced = []
+
+    class Traced(Regression):
+        def loss(self, name, networks, batch):
+            traced.append(name)
+            return super().loss(name, networks, batch)
+
+    make_program(Traced(), config=config, techniques=techniques)
+    assert traced == ["model"] * losses

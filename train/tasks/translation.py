@@ -252,5 +252,5 @@ class Translation:
 def _scaled(key: Key[Array, ""], batch: Batch) -> Batch:
     """Scales images to [-1, 1]; the key does not matter."""
     del key
-    names = batch.keys() & {"input", "target"}
+    names = [name for name in ("input", "target") if name in batch]
     return batch | {n: batch[n].astype(jnp.float32) / 127.5 - 1 for n in names}
