@@ -88,8 +88,12 @@ class Cost:
 
 
 def measure(program: Program, epochs_factor: int) -> Cost:
-    """Times the start, some steps and an evaluation of a compiled program."""
-    program.init_state(0)  # compiles what all later starts share
+    """Times the start, some steps and an evaluation of a compiled program.
+
+    Args:
+      program: the program. What starts share must have been compiled by one before.
+      epochs_factor: factor on the epochs of the study.
+    """
     start = time.perf_counter()
     state = jax.block_until_ready(program.init_state(0))
     started = time.perf_counter() - start

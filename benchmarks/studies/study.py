@@ -275,6 +275,7 @@ class OpenedStudy:
     ):
         self.config, self.methods, self.dataset = config, methods, dataset
         self._compiled: dict[tuple[str, int], Compiled] = {}
+        self._takes_images = False
 
     @property
     def batch_size(self) -> int:
@@ -301,7 +302,9 @@ class OpenedStudy:
         """Compiles the runs of a method."""
         run_config = self.config.run_config(method, epochs, self.batch_size)
         task = TASKS[self.config.task].create(run_config, self.dataset)
-        check_images(task, self.dataset)
+        if not self._takes_images:  # which is so for all methods or for none
+            check_images(task, self.dataset)
+            self._takes_images = True
         split = self.config.data.eval_split
         return Compiled(
             method=method,
@@ -320,12 +323,14 @@ class OpenedStudy:
         """
         names = {method.name for _, method in missing}
         methods = [method for method in self.methods if method.name in names]
-        seconds = {}
+        seconds: dict[str, float] = {}
         with progress("compiling", len(methods)) as reporter:
             for method in methods:
                 reporter.describe(f"compiling and timing {method.name}")
-                compiled = self.compiled(method, epochs)
-                cost = measure(compiled.program, method.epochs_factor)
+                program = self.compiled(method, epochs).program
+                if not seconds:
+                    program.init_state(0)  # compiles what all methods share
+                cost = measure(program, method.epochs_factor)
                 seconds[method.name] = _MARGIN * cost.seconds(epochs)
                 reporter.advance()
         return seconds
