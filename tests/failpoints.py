@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -28,19 +27,12 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
+from tests.forked import processes
 from train.output import checkpoints
 from train.output.run_folder import RunFolder
 
 EACH = "each"  # the name of all points but those halfway
 LIMIT = 600  # seconds for what takes a few on an idle machine
-
-# Processes start at once, with everything imported, and before JAX starts its backend.
-processes = multiprocessing.get_context("forkserver")
-_IMPORTED = (
-    "tests.failpoints train.__main__ train.predict sklearn.datasets tensorboardX "
-    "benchmarks.studies.compare"
-)
-processes.set_forkserver_preload(_IMPORTED.split())
 
 
 def kill() -> None:

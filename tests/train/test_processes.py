@@ -1,7 +1,6 @@
 """Processes that are missing, wrong or dying: who says what, and how soon."""
 
 import atexit
-import multiprocessing
 import os
 import socket
 import time
@@ -9,13 +8,13 @@ import time
 import jax
 import pytest
 
+from tests import forked
 from tests.shared import free_port
 from train import processes
 from train.errors import UsageError
 
 LIMIT = 600  # seconds for a test that hangs
-starts = multiprocessing.get_context("forkserver")
-starts.set_forkserver_preload(["train.processes"])
+process_of = forked.processes.Process
 
 
 class Clock:
@@ -61,8 +60,10 @@ class Started:
     """A process that joins others."""
 
     def __init__(self, arguments, comers):
-        self.pipe, pipe = starts.Pipe()
-        self.process = starts.Process(target=start, args=(pipe, arguments, comers))
+        self.pipe, pipe = forked.processes.Pipe()
+        self.process = forked.processes.Process(
+            target=start, args=(pipe, arguments, comers)
+        )
         self.process.start()
         pipe.close()
 

@@ -45,8 +45,10 @@ def draw_at_once(curves, path, **options):
 
 
 def replace_training(patch, train=train_at_once):
+    program = types.SimpleNamespace(init_state=lambda seed: None)
+
     def compile_at_once(opened, method, epochs):
-        return types.SimpleNamespace(method=method, num_steps=9, program=None)
+        return types.SimpleNamespace(method=method, num_steps=9, program=program)
 
     cost = Cost(start=0.1, step=0.1, evaluation=0.1, steps_per_epoch=9)
     patch.setattr(study, "train", train)

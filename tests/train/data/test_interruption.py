@@ -5,7 +5,6 @@ import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import processes
 from tests.shared import disk_of
 from train import data
 from train.data.cache import write_arrays
@@ -27,15 +27,6 @@ NAME = "image_folder/noise"
 SIZE = (200, 200)  # not the images' own, so that decoding takes its time
 REPORTS_BETWEEN_POINTS = 40
 LEAST_POINTS = 3
-
-# Its processes start at once, with everything imported.
-processes = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    processes.set_forkserver_preload(["train.data"])
-    run(int)
 
 
 @pytest.fixture(scope="module")

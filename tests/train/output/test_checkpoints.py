@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.forked import processes
 from tests.shared import disk_of
 from train.output import checkpoints
 from train.output.checkpoints import (
@@ -35,10 +35,7 @@ from train.output.checkpoints import (
 
 FLIPS = 3  # in each file
 
-# Its processes start at once, with everything imported.
-processes = multiprocessing.get_context("forkserver")
 LIMIT = 600  # seconds for what takes a few on an idle machine
-processes.set_forkserver_preload(["train.output.checkpoints"])
 
 
 class State(NamedTuple):
