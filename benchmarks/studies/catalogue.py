@@ -216,7 +216,6 @@ _desk(
     train_examples=100,
     epochs=5,
     eval_every=5,
-    trials=3,
     seeds=5,
     optimizers=("sgd",),
     techniques=OURS,
