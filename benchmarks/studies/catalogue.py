@@ -209,13 +209,13 @@ _desk(
 )
 _desk(
     "camvid_100",
-    "small U-Net on CamVid at 120x160, 100 images",
+    "small U-Net on CamVid at 60x80, 100 images",
     "segmentation",
     dataset="camvid",
-    image_size=(120, 160),
+    image_size=(60, 80),
     train_examples=100,
-    epochs=5,
-    eval_every=5,
+    epochs=20,
+    eval_every=10,
     seeds=5,
     optimizers=("sgd",),
     techniques=OURS,
