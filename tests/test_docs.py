@@ -161,9 +161,9 @@ def test_the_numbers_of_the_choice_are_those_of_the_studies():
         if difference
     }
     assert shown == {key: measured(*key) for key in shown}
-    in_prose = re.findall(DIFFERENCE, choice)
-    assert len(in_prose) == len(shown) + 3
-    assert all(f" {difference} |" in studies for difference in in_prose[-3:])
+    in_prose = set(re.findall(DIFFERENCE, choice)) - set(shown.values())
+    assert len(in_prose) >= 3
+    assert all(f" {difference} |" in studies for difference in in_prose)
     tuned = re.findall(DIFFERENCE, PAGES["finetuning.md"])
     techniques = ("centralize", "perturbed_unit_step")
     assert tuned == [measured("fine_tuning", name, "epochs") for name in techniques]
