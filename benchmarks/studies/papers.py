@@ -112,7 +112,7 @@ CLAIMS = (
         ),
         lab=("rg_cifar10_lab",),
         desk=(
-            *("digits_nulls", "cifar10_1000", "cifar10_1000_tuned"),
+            *("digits_nulls", "cifar10_1000_tuned"),
             *("rg_digits_small_0.5", "rg_digits_large_0.5"),
             *("rg_digits_small_0.9", "rg_digits_large_0.9"),
         ),
@@ -143,7 +143,7 @@ CLAIMS = (
         ),
         needs="CIFAR-100, and one GPU for hours to days per network",
         lab=("gc_cifar10_lab",),
-        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned", "fashion_1000"),
+        desk=("digits_nulls", "cifar10_1000_tuned", "fashion_1000"),
     ),
     Claim(
         source="Gradient Centralization, Table 2",
@@ -255,7 +255,7 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for half a day",
         paper=("step_tuned_cifar10",),
         lab=("step_tuned_lab",),
-        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned"),
+        desk=("digits_nulls", "cifar10_1000_tuned"),
     ),
     Claim(
         source="PUGD, UPANet",
@@ -264,7 +264,7 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for a day",
         paper=("pugd_upanet16",),
         lab=("pugd_lab",),
-        desk=("digits_nulls", "cifar10_1000", "cifar10_1000_tuned", "fashion_1000"),
+        desk=("digits_nulls", "cifar10_1000_tuned", "fashion_1000"),
     ),
     Claim(
         source="PUGD, fine-tuned transformers",

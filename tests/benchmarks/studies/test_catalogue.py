@@ -190,7 +190,7 @@ def _study(targets):
 
 
 def test_a_profile_divides_by_the_best_method_of_each_study():
-    methods = STUDIES["cifar10_1000"].config().methods
+    methods = STUDIES["cifar10_1000_tuned"].config().methods
 
     def targets(**gradients):
         return [
