@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
@@ -108,8 +107,8 @@ def centralize(
 
     Raises:
       ValueError: if ``reduction_axes`` is no layout, or ``()``, or if ``conv_only`` is
-        no bool; on update, if ``reduction_axes`` do not fit a leaf or have no entry for
-        it, or if a leaf is neither floating-point nor complex.
+        neither True nor False; on update, if ``reduction_axes`` do not fit a leaf or
+        have no entry for it, or if a leaf is neither floating-point nor complex.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_tricks
@@ -142,7 +141,7 @@ def centralize(
       Optimization Technique for Deep Neural
       Networks](https://arxiv.org/abs/2004.01461), 2020
     """
-    if not isinstance(conv_only, bool | np.bool_):
+    if conv_only not in (True, False):
         raise ValueError(
             f"centralize: conv_only must be True or False, got {conv_only!r}."
         )

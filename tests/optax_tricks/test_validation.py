@@ -169,7 +169,7 @@ def test_what_is_no_number_is_refused(
         factory(**{**kwargs, name: value})
 
 
-@pytest.mark.parametrize("value", ["no", 1, 0.0, None, [], jnp.array(True)], ids=repr)
+@pytest.mark.parametrize("value", ["no", "", 2, 0.5, None, []], ids=repr)
 def test_a_switch_is_true_or_false(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^centralize: conv_only must be True or F"):
         optax_tricks.centralize(conv_only=value)
