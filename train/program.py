@@ -172,6 +172,7 @@ class Plan:
         arrays = {name: split(network)[1:] for name, network in networks.items()}
         state: TrainState = self._sharded(jax.eval_shape(first_state, arrays))
         _, metrics = jax.eval_shape(step, state, self.abstract_feed)
+        # A log has scalars alone, so every device has it whole.
         return state._replace(log=self._sharded(jax.eval_shape(empty_log, metrics)))
 
     def _sharded(self, tree: Tree) -> Tree:

@@ -93,31 +93,23 @@ _desk(
         "centralize+perturbed_unit_step",
     ),
 )
-_desk(
-    "cifar10_1000_tuned",
-    "ResNet-8 on CIFAR-10, 1,000 images",
-    "classification",
-    dataset="image_folder/cifar10",
-    train_examples=1000,
-    epochs=10,
-    eval_every=5,
-    trials=3,
-    seeds=10,
-    optimizers=("adam",),
-    techniques=_ALL,
-)
-_desk(
-    "fashion_1000",
-    "ResNet-8 on Fashion-MNIST, 1,000 images",
-    "classification",
-    dataset="fashion_mnist_idx",
-    train_examples=1000,
-    epochs=10,
-    eval_every=5,
-    seeds=10,
-    optimizers=("adam",),
-    techniques=_ALL,
-)
+for name, title, dataset, trials in (
+    ("cifar10_1000_tuned", "CIFAR-10", "image_folder/cifar10", 3),
+    ("fashion_1000", "Fashion-MNIST", "fashion_mnist_idx", None),
+):
+    _desk(
+        name,
+        f"ResNet-8 on {title}, 1,000 images",
+        "classification",
+        dataset=dataset,
+        train_examples=1000,
+        epochs=10,
+        eval_every=5,
+        trials=trials,
+        seeds=10,
+        optimizers=("adam",),
+        techniques=_ALL,
+    )
 # Rates that are small and large for SGD, with a momentum at which the paper sees gains
 # and one at which it does not.
 for momentum in (0.5, 0.9):

@@ -14,7 +14,6 @@ from train import processes
 from train.errors import UsageError
 
 LIMIT = 600  # seconds for a test that hangs
-process_of = forked.processes.Process
 
 
 class Clock:
