@@ -93,20 +93,21 @@ _desk(
         "centralize+perturbed_unit_step",
     ),
 )
-for name, title, dataset, trials in (
-    ("cifar10_1000_tuned", "CIFAR-10", "image_folder/cifar10", 3),
-    ("fashion_1000", "Fashion-MNIST", "fashion_mnist_idx", None),
+for name, title, dataset, images, epochs, trials in (
+    ("cifar10_1000_tuned", "CIFAR-10", "image_folder/cifar10", 1_000, 10, 3),
+    ("cifar10_10000", "CIFAR-10", "image_folder/cifar10", 10_000, 4, 3),
+    ("fashion_1000", "Fashion-MNIST", "fashion_mnist_idx", 1_000, 10, None),
 ):
     _desk(
         name,
-        f"ResNet-8 on {title}, 1,000 images",
+        f"ResNet-8 on {title}, {images:,} images",
         "classification",
         dataset=dataset,
-        train_examples=1000,
-        epochs=10,
-        eval_every=5,
+        train_examples=images,
+        epochs=epochs,
+        eval_every=epochs // 2,
         trials=trials,
-        seeds=10,
+        seeds=10 if images == 1_000 else 5,
         optimizers=("adam",),
         techniques=_ALL,
     )
@@ -123,6 +124,23 @@ for momentum in (0.5, 0.9):
             seeds=10,
             techniques=("scale_by_random", "scale_by_mean", "scale_each_by_random"),
         )
+for size, rate in (("small", 0.03), ("large", 1.0)):
+    _desk(
+        f"rg_cifar10_{size}",
+        f"ResNet-8 on CIFAR-10, 1,000 images, momentum 0.5 and a {size} learning rate",
+        "classification",
+        dataset="image_folder/cifar10",
+        train_examples=1_000,
+        epochs=10,
+        eval_every=5,
+        momentum=0.5,
+        learning_rate=rate,
+        seeds=10,
+        techniques=(
+            *("scale_by_random", "scale_by_mean", "optimizer+scale_by_mean"),
+            *("scale_each_by_random", "scale_by_triangle"),
+        ),
+    )
 _desk(
     "fine_tuning",
     "ResNet-20 from CIFAR-10, fine-tuned to 300 images of digits at 16x16",
