@@ -12,6 +12,7 @@ depthwise             a sum of shifted products
 grouped               a convolution for every few groups
 few output pixels     a matrix product with the windows of the input
 patches, no overlap   the same
+3x3, many channels    Winograd's, with fewer multiplications
 all others            XLA's; if strided, the gradient with respect to a
                       small input of many channels is that of the
                       matrix product
@@ -38,6 +39,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from models import _winograd
+
 Bilinear: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 Form: TypeAlias = Callable[..., jax.Array]  # (x, kernel, window)
 Gradients: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
@@ -56,6 +59,10 @@ _MANY_STRIDED_CHANNELS = 128
 _ENTRIES_OF_BAND = 2**18
 # Channels in a group from which XLA's convolution is fast.
 _FAST_GROUP = 16
+# Multiplications and channels from which Winograd's convolution is faster, and channels
+# from which it is if its tiles have too many entries for the cache.
+_SOME_PRODUCTS, _SOME_CHANNELS = 2**25, 64
+_MANY_ENTRIES, _MANY_CHANNELS = 2**24, 128
 
 
 class Forms(NamedTuple):
@@ -64,10 +71,12 @@ class Forms(NamedTuple):
     Attributes:
       common: XLA's, for the most common convolutions.
       depthwise: a sum of shifted products.
+      tiles: Winograd's, with fewer multiplications.
     """
 
     common: Form
     depthwise: Form
+    tiles: Form
 
 
 class Window(NamedTuple):
@@ -127,7 +136,8 @@ def conv_general_dilated(
 
 def _any_platform(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     native = functools.partial(_native, window=window)
-    form = _form_on_cpu(x, kernel, window, Forms(_native, _depthwise))
+    forms = Forms(_native, _depthwise, _in_tiles)
+    form = _form_on_cpu(x, kernel, window, forms)
     return lax.platform_dependent(x, kernel, cpu=form, default=native)
 
 
@@ -147,6 +157,7 @@ def _convolve_backward(
     forms = Forms(
         _with_gradients(_native, _common_gradients),
         _with_gradients(_depthwise, _depthwise_gradients),
+        _with_gradients(_in_tiles, _gradients_in_tiles),
     )
     form = _form_on_cpu(*residuals, window, forms)
     return lax.platform_dependent(
@@ -195,6 +206,8 @@ def _form_on_cpu(
         form = _pointwise
     elif has_no_overlap or _has_few_pixels(x, kernel, window):
         form = _windows
+    elif _suits_tiles(x, kernel, window):
+        form = forms.tiles
     else:
         return functools.partial(forms.common, window=window)
     return _in_float32(functools.partial(form, window=window))
@@ -204,6 +217,17 @@ def _has_few_pixels(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
     height, width = _output_size(x, (kernel.shape[0], kernel.shape[1]), window)
     pixels = height * width
     return pixels <= _FEW_PIXELS or x.shape[0] * pixels <= _FEW_PIXELS_OF_BATCH
+
+
+def _suits_tiles(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
+    *size, inputs, outputs = kernel.shape
+    if size != [3, 3] or window != Window(padding=window.padding):
+        return False
+    channels = min(inputs, outputs)
+    entries = _winograd.count_entries(x, window.padding)
+    if entries * (inputs + outputs) > _MANY_ENTRIES:
+        return channels >= _MANY_CHANNELS
+    return channels >= _SOME_CHANNELS and entries * inputs * outputs >= _SOME_PRODUCTS
 
 
 def _in_float32(form: Bilinear) -> Bilinear:
@@ -286,6 +310,19 @@ def _grouped(
         for i in range(parts)
     ]
     return jnp.concatenate(found, axis=-1)
+
+
+def _in_tiles(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    return _winograd.convolve(x, kernel, window.padding)
+
+
+def _gradients_in_tiles(
+    x: jax.Array, kernel: jax.Array, window: Window, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    (top, bottom), (left, right) = window.padding
+    sides = ((2 - top, 2 - bottom), (2 - left, 2 - right))
+    dx = _winograd.convolve(dy, kernel, sides, transposed=True)
+    return dx, _winograd.kernel_gradient(x, dy, window.padding)
 
 
 def _with_gradients(form: Form, gradients: Gradients) -> Form:

@@ -20,6 +20,9 @@ NONE = ((0, 0), (0, 0))
 ONE = ((1, 1), (1, 1))
 CONVOLUTIONS = {
     "3x3": ((3, 8, 7, 4), (3, 3, 4, 5), 1, ONE, 1, 1),
+    "3x3, tiles": ((3, 27, 26, 64), (3, 3, 64, 66), 1, ((0, 1), (2, 1)), 1, 1),
+    "3x3, bands of tiles": ((1, 127, 128, 64), (3, 3, 64, 66), 1, ONE, 1, 1),
+    "groups, tiles": ((3, 26, 27, 128), (3, 3, 64, 132), 1, ONE, 1, 2),
     "3x3, bands": ((8, 40, 70, 2), (3, 3, 2, 16), 1, ONE, 1, 1),
     "strided, bands": (
         (16, 67, 30, 2),
@@ -136,6 +139,8 @@ def test_value_and_gradients_equal_those_of_xla(case, x64):
 
 
 ONE_OF_EACH_FORM = (
+    "3x3, tiles",
+    "3x3, bands of tiles",
     "3x3, bands",
     "strided",
     "strided, deep",
@@ -168,7 +173,7 @@ def test_other_dtypes_are_rounded_once(case, dtype, rounding, x64):
     assert_close(found, expected, 1e-6, rounding)
 
 
-@pytest.mark.parametrize("case", ["3x3", "depthwise"])
+@pytest.mark.parametrize("case", ["3x3", "3x3, tiles", "depthwise"])
 def test_several_networks_at_once(case):
     ours, _, x, kernel = functions(case)
     networks = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel])
@@ -217,6 +222,14 @@ def test_form_on_cpus_is_fast_in_a_loop(case):
     text = optimized(repeated, x, kernel)
     assert "while" in text
     assert not [name for name, form in SLOW_ON_CPUS.items() if form.search(text)]
+
+
+@pytest.mark.parametrize("case", ["3x3, tiles", "3x3, bands of tiles", "groups, tiles"])
+def test_many_channels_take_fewer_multiplications(case):
+    ours, theirs, x, kernel = functions(case)
+    for function, expected in ((ours, 0), (theirs, 3)):
+        text = optimized(functools.partial(value_and_gradients, function), x, kernel)
+        assert text.count(" convolution(") == expected
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
