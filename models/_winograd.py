@@ -55,12 +55,12 @@ def convolve(
 
     def convolve_band(x: jax.Array) -> jax.Array:
         parts = _twice(_transform_output, _each(multiply, _tiles(x), factors))
-        rows = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1
-        shape = (x.shape[0], *rows, outputs)
+        down, across = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1  # tiles
+        shape = (x.shape[0], down, across, outputs)
         # Puts the pixels of each tile side by side.
         pairs = [jnp.stack([p.reshape(shape) for p in row], axis=3) for row in parts]
         y = jnp.stack(pairs, axis=2)
-        return y.reshape(x.shape[0], 2 * rows[0], 2 * rows[1], outputs)
+        return y.reshape(x.shape[0], 2 * down, 2 * across, outputs)
 
     def write_band(i: jax.Array, y: jax.Array) -> jax.Array:
         found = convolve_band(lax.dynamic_slice_in_dim(x, i * band, band + 2, axis=1))
