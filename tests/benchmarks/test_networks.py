@@ -28,9 +28,11 @@ def test_the_published_counts_are_of_the_same_forms():
         )
         graphdef, state = nnx.split(model)
         images = jax.ShapeDtypeStruct((1, *entry.input_shape), "float32")
-        lowered = jax.jit(
+        traced = jax.jit(
             lambda state, images, graphdef=graphdef: nnx.merge(graphdef, state)(images)
-        ).lower(state, images)
+        ).trace(state, images)
+        # On CPUs, some forms take fewer.
+        lowered = traced.lower(lowering_platforms=("tpu",))
         counted = lowered.cost_analysis()["flops"] / 1e9
         published = 2 * networks.PUBLISHED_MULTIPLY_ADDS[name]
         assert counted == pytest.approx(published, rel=0.1)
