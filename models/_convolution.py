@@ -13,6 +13,9 @@ grouped               a convolution for every few groups
 few output pixels     a matrix product with the windows of the input
 patches, no overlap   the same
 3x3, many channels    Winograd's, with fewer multiplications
+few outputs           a sum of shifted matrix products
+large kernel, small   a matrix product with the windows of the input
+images
 all others            XLA's; if strided, the gradient with respect to a
                       small input of many channels is that of the
                       matrix product
@@ -51,6 +54,8 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Output pixels of an image, and of a batch, up to which windows are faster.
 _FEW_PIXELS = 4
 _FEW_PIXELS_OF_BATCH = 128
+# Output pixels of a batch up to which they are with a large kernel, and its entries.
+_SOME_PIXELS_OF_BATCH, _LARGE_KERNEL = 1600, 2**18
 # Output pixels of an image up to which they are faster for the gradient with a stride,
 # and input channels from which they are.
 _FEW_STRIDED_PIXELS = 256
@@ -63,6 +68,9 @@ _FAST_GROUP = 16
 # from which it is if its tiles have too many entries for the cache.
 _SOME_PRODUCTS, _SOME_CHANNELS = 2**25, 64
 _MANY_ENTRIES, _MANY_CHANNELS = 2**24, 128
+# Products of a pixel, in the number of its channels, up to which they are faster, and
+# up to which they are for the gradient with respect to the input.
+_FEW_PRODUCTS, _FEW_PRODUCTS_OF_GRADIENT = 2.25, 1
 
 
 class Forms(NamedTuple):
@@ -72,11 +80,13 @@ class Forms(NamedTuple):
       common: XLA's, for the most common convolutions.
       depthwise: a sum of shifted products.
       tiles: Winograd's, with fewer multiplications.
+      products: a sum of shifted matrix products.
     """
 
     common: Form
     depthwise: Form
     tiles: Form
+    products: Form
 
 
 class Window(NamedTuple):
@@ -136,7 +146,7 @@ def conv_general_dilated(
 
 def _any_platform(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     native = functools.partial(_native, window=window)
-    forms = Forms(_native, _depthwise, _in_tiles)
+    forms = Forms(_native, _depthwise, _in_tiles, _products)
     form = _form_on_cpu(x, kernel, window, forms)
     return lax.platform_dependent(x, kernel, cpu=form, default=native)
 
@@ -158,6 +168,7 @@ def _convolve_backward(
         _with_gradients(_native, _common_gradients),
         _with_gradients(_depthwise, _depthwise_gradients),
         _with_gradients(_in_tiles, _gradients_in_tiles),
+        _with_gradients(_products, _products_gradients),
     )
     form = _form_on_cpu(*residuals, window, forms)
     return lax.platform_dependent(
@@ -208,15 +219,33 @@ def _form_on_cpu(
         form = _windows
     elif _suits_tiles(x, kernel, window):
         form = forms.tiles
+    elif window.strides == (1, 1) and _products_of_pixel(kernel) <= _FEW_PRODUCTS:
+        form = forms.products
+    elif _has_large_kernel(x, kernel, window):
+        form = _windows
     else:
         return functools.partial(forms.common, window=window)
     return _in_float32(functools.partial(form, window=window))
 
 
 def _has_few_pixels(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
-    height, width = _output_size(x, (kernel.shape[0], kernel.shape[1]), window)
-    pixels = height * width
+    pixels = _output_pixels(x, kernel, window)
     return pixels <= _FEW_PIXELS or x.shape[0] * pixels <= _FEW_PIXELS_OF_BATCH
+
+
+def _has_large_kernel(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
+    pixels = x.shape[0] * _output_pixels(x, kernel, window)
+    return kernel.size >= _LARGE_KERNEL and pixels <= _SOME_PIXELS_OF_BATCH
+
+
+def _products_of_pixel(kernel: jax.Array) -> float:
+    """Returns how many products an input pixel has, in the number of its channels."""
+    rows, columns, inputs, outputs = kernel.shape
+    return rows * columns * outputs / inputs
+
+
+def _output_pixels(x: jax.Array, kernel: jax.Array, window: Window) -> int:
+    return math.prod(_output_size(x, (kernel.shape[0], kernel.shape[1]), window))
 
 
 def _suits_tiles(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
@@ -273,6 +302,15 @@ def _depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     shifted = _shifted(x, (kernel.shape[0], kernel.shape[1]), window)
     products = [factors[i] * part for i, part in enumerate(shifted)]
     return functools.reduce(jnp.add, products)
+
+
+def _products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    rows, columns, inputs, outputs = kernel.shape
+    factors = kernel.transpose(2, 0, 1, 3).reshape(inputs, -1)
+    products = (lax.collapse(x, 0, 3) @ factors).reshape(*x.shape[:3], -1)
+    shifted = _shifted(products, (rows, columns), window)
+    own = [part[..., i * outputs :][..., :outputs] for i, part in enumerate(shifted)]
+    return functools.reduce(jnp.add, own)
 
 
 def _windows(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -359,6 +397,16 @@ def _depthwise_gradients(
 
     zeros = jnp.zeros_like(kernel)
     return dx, lax.fori_loop(0, rows * columns, add_entry, zeros)
+
+
+def _products_gradients(
+    x: jax.Array, kernel: jax.Array, window: Window, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    form = functools.partial(_products, window=window)
+    if _products_of_pixel(kernel) <= _FEW_PRODUCTS_OF_GRADIENT:
+        return _gradients(form)(x, kernel, dy)
+    (dkernel,) = jax.vjp(functools.partial(form, x), kernel)[1](dy)
+    return _input_gradient(x, kernel, window, dy), dkernel
 
 
 def _common_gradients(

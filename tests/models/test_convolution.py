@@ -61,6 +61,25 @@ CONVOLUTIONS = {
     "one pixel": ((200, 1, 1, 4), (3, 3, 4, 5), 1, ONE, 1, 1),
     "one image": ((1, 9, 8, 4), (3, 3, 4, 5), (2, 1), ((1, 2), (0, 1)), (2, 1), 1),
     "no overlap": ((20, 13, 12, 3), (4, 3, 3, 5), (4, 3), NONE, 1, 1),
+    "few outputs": (
+        (3, 17, 15, 40),
+        (4, 3, 40, 3),
+        1,
+        ((1, 2), (2, 0)),
+        (1, 2),
+        1,
+    ),
+    "rather few outputs": ((3, 9, 14, 16), (3, 3, 16, 4), 1, ((0, 1), (2, 1)), 1, 1),
+    "groups, few outputs": ((3, 9, 14, 32), (2, 3, 16, 6), 1, ONE, 1, 2),
+    "large kernel": ((15, 8, 6, 64), (4, 4, 64, 256), 2, ((1, 2), (0, 1)), 1, 1),
+    "large kernel, dilated": (
+        (6, 7, 9, 128),
+        (3, 3, 128, 256),
+        (1, 2),
+        ((2, 1), (3, 3)),
+        (2, 3),
+        1,
+    ),
     "1x1": ((3, 8, 6, 4), (1, 1, 4, 5), 1, NONE, 1, 1),
     "1x1, strided": ((3, 8, 7, 4), (1, 1, 4, 5), (2, 3), NONE, 1, 1),
     "1x1, padded": ((3, 8, 7, 4), (1, 1, 4, 5), 1, ((1, 2), (0, 1)), 1, 1),
@@ -145,6 +164,8 @@ ONE_OF_EACH_FORM = (
     "strided",
     "strided, deep",
     "2x2 pixels",
+    "few outputs",
+    "rather few outputs",
     "1x1, strided",
     "depthwise",
     "6 groups",
@@ -224,10 +245,23 @@ def test_form_on_cpus_is_fast_in_a_loop(case):
     assert not [name for name, form in SLOW_ON_CPUS.items() if form.search(text)]
 
 
-@pytest.mark.parametrize("case", ["3x3, tiles", "3x3, bands of tiles", "groups, tiles"])
-def test_many_channels_take_fewer_multiplications(case):
+# The number of convolutions that XLA computes for a value and both gradients.
+CONVOLUTIONS_LEFT = {
+    "3x3, tiles": 0,
+    "3x3, bands of tiles": 0,
+    "groups, tiles": 0,
+    "few outputs": 0,
+    "rather few outputs": 1,  # the gradient with respect to the input
+    "groups, few outputs": 2,  # the same of each group
+    "large kernel": 0,
+    "large kernel, dilated": 0,
+}
+
+
+@pytest.mark.parametrize(("case", "left"), CONVOLUTIONS_LEFT.items())
+def test_forms_take_the_place_of_convolutions(case, left):
     ours, theirs, x, kernel = functions(case)
-    for function, expected in ((ours, 0), (theirs, 3)):
+    for function, expected in ((ours, left), (theirs, 3)):
         text = optimized(functools.partial(value_and_gradients, function), x, kernel)
         assert text.count(" convolution(") == expected
 
