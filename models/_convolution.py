@@ -68,9 +68,8 @@ _FAST_GROUP = 16
 # from which it is if its tiles have too many entries for the cache.
 _SOME_PRODUCTS, _SOME_CHANNELS = 2**25, 64
 _MANY_ENTRIES, _MANY_CHANNELS = 2**24, 128
-# Products of a pixel, in the number of its channels, up to which they are faster, and
-# up to which they are for the gradient with respect to the input.
-_FEW_PRODUCTS, _FEW_PRODUCTS_OF_GRADIENT = 2.25, 1
+# Products of a pixel, relative to its channels, up to which shifting them is faster.
+_FEW_PRODUCTS = 1.5
 
 
 class Forms(NamedTuple):
@@ -80,13 +79,11 @@ class Forms(NamedTuple):
       common: XLA's, for the most common convolutions.
       depthwise: a sum of shifted products.
       tiles: Winograd's, with fewer multiplications.
-      products: a sum of shifted matrix products.
     """
 
     common: Form
     depthwise: Form
     tiles: Form
-    products: Form
 
 
 class Window(NamedTuple):
@@ -146,7 +143,7 @@ def conv_general_dilated(
 
 def _any_platform(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     native = functools.partial(_native, window=window)
-    forms = Forms(_native, _depthwise, _in_tiles, _products)
+    forms = Forms(_native, _depthwise, _in_tiles)
     form = _form_on_cpu(x, kernel, window, forms)
     return lax.platform_dependent(x, kernel, cpu=form, default=native)
 
@@ -168,7 +165,6 @@ def _convolve_backward(
         _with_gradients(_native, _common_gradients),
         _with_gradients(_depthwise, _depthwise_gradients),
         _with_gradients(_in_tiles, _gradients_in_tiles),
-        _with_gradients(_products, _products_gradients),
     )
     form = _form_on_cpu(*residuals, window, forms)
     return lax.platform_dependent(
@@ -219,8 +215,8 @@ def _form_on_cpu(
         form = _windows
     elif _suits_tiles(x, kernel, window):
         form = forms.tiles
-    elif window.strides == (1, 1) and _products_of_pixel(kernel) <= _FEW_PRODUCTS:
-        form = forms.products
+    elif window.strides == (1, 1) and _has_few_products(kernel):
+        form = _products
     elif _has_large_kernel(x, kernel, window):
         form = _windows
     else:
@@ -238,10 +234,9 @@ def _has_large_kernel(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
     return kernel.size >= _LARGE_KERNEL and pixels <= _SOME_PIXELS_OF_BATCH
 
 
-def _products_of_pixel(kernel: jax.Array) -> float:
-    """Returns how many products an input pixel has, in the number of its channels."""
+def _has_few_products(kernel: jax.Array) -> bool:
     rows, columns, inputs, outputs = kernel.shape
-    return rows * columns * outputs / inputs
+    return rows * columns * outputs <= _FEW_PRODUCTS * inputs
 
 
 def _output_pixels(x: jax.Array, kernel: jax.Array, window: Window) -> int:
@@ -397,16 +392,6 @@ def _depthwise_gradients(
 
     zeros = jnp.zeros_like(kernel)
     return dx, lax.fori_loop(0, rows * columns, add_entry, zeros)
-
-
-def _products_gradients(
-    x: jax.Array, kernel: jax.Array, window: Window, dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    form = functools.partial(_products, window=window)
-    if _products_of_pixel(kernel) <= _FEW_PRODUCTS_OF_GRADIENT:
-        return _gradients(form)(x, kernel, dy)
-    (dkernel,) = jax.vjp(functools.partial(form, x), kernel)[1](dy)
-    return _input_gradient(x, kernel, window, dy), dkernel
 
 
 def _common_gradients(

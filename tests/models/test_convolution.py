@@ -69,8 +69,7 @@ CONVOLUTIONS = {
         (1, 2),
         1,
     ),
-    "rather few outputs": ((3, 9, 14, 16), (3, 3, 16, 4), 1, ((0, 1), (2, 1)), 1, 1),
-    "groups, few outputs": ((3, 9, 14, 32), (2, 3, 16, 6), 1, ONE, 1, 2),
+    "groups, few outputs": ((3, 9, 14, 32), (2, 3, 16, 8), 1, ONE, 1, 2),
     "large kernel": ((15, 8, 6, 64), (4, 4, 64, 256), 2, ((1, 2), (0, 1)), 1, 1),
     "large kernel, dilated": (
         (6, 7, 9, 128),
@@ -165,7 +164,6 @@ ONE_OF_EACH_FORM = (
     "strided, deep",
     "2x2 pixels",
     "few outputs",
-    "rather few outputs",
     "1x1, strided",
     "depthwise",
     "6 groups",
@@ -251,8 +249,7 @@ CONVOLUTIONS_LEFT = {
     "3x3, bands of tiles": 0,
     "groups, tiles": 0,
     "few outputs": 0,
-    "rather few outputs": 1,  # the gradient with respect to the input
-    "groups, few outputs": 2,  # the same of each group
+    "groups, few outputs": 0,
     "large kernel": 0,
     "large kernel, dilated": 0,
 }
