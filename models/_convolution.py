@@ -14,8 +14,8 @@ few output pixels     a matrix product with the windows of the input
 patches, no overlap   the same
 3x3, many channels    Winograd's, with fewer multiplications
 few outputs           a sum of shifted matrix products
-large kernel, small   a matrix product with the windows of the input
-images
+large kernel          a matrix product with the windows of the input,
+                      if the output has few pixels
 all others            XLA's; if strided, the gradient with respect to a
                       small input of many channels is that of the
                       matrix product
@@ -54,7 +54,8 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Output pixels of an image, and of a batch, up to which windows are faster.
 _FEW_PIXELS = 4
 _FEW_PIXELS_OF_BATCH = 128
-# Output pixels of a batch up to which they are with a large kernel, and its entries.
+# Output pixels of a batch up to which they are with a large kernel, and the entries that
+# make a kernel large.
 _SOME_PIXELS_OF_BATCH, _LARGE_KERNEL = 1600, 2**18
 # Output pixels of an image up to which they are faster for the gradient with a stride,
 # and input channels from which they are.
@@ -68,7 +69,8 @@ _FAST_GROUP = 16
 # from which it is if its tiles have too many entries for the cache.
 _SOME_PRODUCTS, _SOME_CHANNELS = 2**25, 64
 _MANY_ENTRIES, _MANY_CHANNELS = 2**24, 128
-# Products of a pixel, relative to its channels, up to which shifting them is faster.
+# Products of an input pixel, relative to its channels, up to which shifting them is
+# faster.
 _FEW_PRODUCTS = 1.5
 
 
