@@ -54,8 +54,8 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Output pixels of an image, and of a batch, up to which windows are faster.
 _FEW_PIXELS = 4
 _FEW_PIXELS_OF_BATCH = 128
-# Output pixels of a batch up to which they are with a large kernel, and entries of such
-# a kernel.
+# Output pixels of a batch up to which windows are faster with a large kernel, and the
+# entries from which a kernel is large.
 _SOME_PIXELS_OF_BATCH, _LARGE_KERNEL = 1600, 2**18
 # Output pixels of an image up to which they are faster for the gradient with a stride,
 # and input channels from which they are.
