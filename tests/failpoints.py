@@ -6,13 +6,19 @@ record is added to `metrics.jsonl`. So a test meets the same moment on any machi
 or busy. "half append metrics.jsonl 2" is the moment when half of it is on disk.
 
 Events may happen in threads of Orbax. Only those below the run folder count.
+
+A process that is killed leaves the files that it had at that moment. So `copy_at_each`,
+which copies them at each point of one process, shows what a kill at each would leave,
+without a process for each.
 """
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -20,7 +26,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -31,7 +38,6 @@ from tests.forked import processes
 from train.output import checkpoints
 from train.output.run_folder import RunFolder
 
-EACH = "each"  # the name of all points but those halfway
 LIMIT = 600  # seconds for what takes a few on an idle machine
 
 
@@ -143,6 +149,32 @@ def call(
     return Started(work, folder, scratch, at=at, action=action).end()
 
 
+def copy_at_each(work: Callable[[], None], folder: Path, copies: Path) -> None:
+    """Does work in this process, and copies the run folder at each of its points.
+
+    Args:
+      work: what to do.
+      folder: the run folder.
+      copies: a folder for the copies; each is named by the place of its point among the
+        points, from 0. There is none where the run folder was not there yet.
+    """
+    numbers = itertools.count()
+
+    def copy(point: str) -> None:
+        number = next(numbers)
+        if folder.exists():
+            shutil.copytree(folder, copies / str(number), copy_function=_copy_if_there)
+
+    points.watch(copy)
+    work()
+
+
+def _copy_if_there(source: str, target: str) -> None:
+    """Copies a file; but for one that a thread of TensorStore has just renamed."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy2(source, target)
+
+
 def _begin(
     work: Callable[[], None],
     folder: Path,
@@ -176,6 +208,7 @@ class _Points:
         self, folder: Path, log: Path, at: str | None, action: Callable[[], None]
     ):
         self._folder, self._at, self._action = folder, at, action
+        self._watch: Callable[[str], None] | None = None
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         # Written without a buffer, which a killed process would take with it.
@@ -185,6 +218,10 @@ class _Points:
         """Acts at another point, and counts events from the beginning again."""
         self._at, self._action = at, action
         self._counts.clear()
+
+    def watch(self, watch: Callable[[str], None]) -> None:
+        """Calls a function with the name of each point, while others wait."""
+        self._watch = watch
 
     def install(self) -> None:
         """Wraps the functions, for the rest of the life of the process."""
@@ -211,7 +248,12 @@ class _Points:
 
         setattr(owner, name, wrapped)
 
-    def _meet(self, event: str, path: Path | None, before=lambda: None) -> None:
+    def _meet(
+        self,
+        event: str,
+        path: Path | None,
+        halfway: Callable[..., contextlib.AbstractContextManager] = nullcontext,
+    ) -> None:
         if path is None or not Path(path).is_relative_to(self._folder):
             return
         name = f"{event} {Path(path).relative_to(self._folder)}"
@@ -220,11 +262,12 @@ class _Points:
             self._counts[name] += 1
             point = f"{name} {self._counts[name]}"
             self._log.write(f"{point}\n".encode())
+            if self._watch:
+                with halfway():
+                    self._watch(point)
         if point == self._at:
-            before()
-            self._action()
-        elif self._at == EACH and not point.startswith("half "):
-            self._action()
+            with halfway():
+                self._action()
 
     def _path_of(self, descriptor: int) -> Path | None:
         """Returns the file or folder in the run folder that is open as this."""
@@ -236,23 +279,37 @@ class _Points:
         return None
 
 
-def _append_half(folder: RunFolder, name: str, record: dict) -> None:
+# What is on disk halfway through an event. A process that goes on does the whole event,
+# which makes good what the half has written or removed, but for appending.
+
+
+@contextlib.contextmanager
+def _append_half(folder: RunFolder, name: str, record: dict) -> Iterator[None]:
     line = json.dumps(record).encode()
     with (folder.path / name).open("ab") as file:
+        size = file.tell()
         file.write(line[: len(line) // 2])
+    yield
+    os.truncate(folder.path / name, size)
 
 
-def _write_half(path: Path, text: str, *_, **__) -> None:
+@contextlib.contextmanager
+def _write_half(path: Path, text: str, *_, **__) -> Iterator[None]:
     path.write_bytes(text.encode()[: len(text) // 2])
+    yield
 
 
-def _draw_half(figure: Figure, path: Path, **options) -> None:
+@contextlib.contextmanager
+def _draw_half(figure: Figure, path: Path, **options) -> Iterator[None]:
     file = io.BytesIO()
     figure.canvas.print_figure(file, **options)
     path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
+    yield
 
 
-def _remove_half(path: Path, *_, **__) -> None:
+@contextlib.contextmanager
+def _remove_half(path: Path, *_, **__) -> Iterator[None]:
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     for file in files[: len(files) // 2]:
         file.unlink()
+    yield

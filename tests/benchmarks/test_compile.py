@@ -339,7 +339,7 @@ def test_steps_are_lowered_for_accelerators(network, technique):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", command._trainable("all"))
 def test_every_network_is_lowered_for_accelerators(network):
-    found = exported(subject(network=network, technique="perturbed_unit_step"))
+    found = exported(subject(network=network, technique="none"))
     assert found.platforms == PLATFORMS
     convolves = not network.startswith(("vit", "deit"))
     assert convolves <= ("stablehlo.convolution" in found.mlir_module())

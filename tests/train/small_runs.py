@@ -47,10 +47,14 @@ def create_small(name, *, rngs, dtype, in_channels, num_classes):
     return SmallNetwork(rngs, in_channels, num_classes)
 
 
+def use_small_network():
+    models.create = create_small
+
+
 def train(folder, *more):
     """What a process does: the command, with a small network."""
     signals.listen()
-    models.create = create_small
+    use_small_network()
     sys.argv = ["train", *COMMAND, f"--run-dir={folder}", *more]
     command_line.main()
 
@@ -84,7 +88,7 @@ def train_with_room_for_one(folder):
 def read(command, folder, *more):
     """Predicts, exports or compares what a run has trained."""
     signals.listen()
-    models.create = create_small
+    use_small_network()
     sys.argv = ["train", command, str(folder), *map(str, more)]
     command_line.main()
 

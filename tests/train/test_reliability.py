@@ -1,12 +1,13 @@
 """Runs that are killed, told to end, short of disk or diverging: what they leave."""
 
+import dataclasses
 import json
 import math
 import re
 import shutil
 import signal
 import threading
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.train.small_runs import (
     train,
     train_again,
     train_with_room_for_one,
+    use_small_network,
 )
 from tests.train.small_tasks import without_seconds
 from train.errors import UsageError
@@ -32,7 +34,7 @@ from train.predict import export, load_run
 from train.progress import make_console
 from train.run import checkpoint_folder, checkpoint_seeds
 
-PARTS = 8  # of the slow tests, which pytest-xdist shares out
+PARTS = 4  # of the slow tests, which pytest-xdist shares out
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +53,47 @@ def call(scratch):
     return call
 
 
+def train_and_copy(folder, copies):
+    failpoints.copy_at_each(partial(train, folder), folder, copies)
+
+
+def copies_at_each(call, folder, copies):
+    """Trains, and returns the points, and a folder by the number of its point.
+
+    They hold what a kill at each point would leave.
+    """
+    copies.mkdir()
+    ended = call(folder, copies, work=train_and_copy)
+    assert ended.code == 0, ended.output
+    return ended.points, {int(path.name): path for path in copies.iterdir()}
+
+
+@dataclasses.dataclass
+class Undisturbed:
+    """A run that nothing disturbs, its points, and its folder at each of them."""
+
+    folder: Path
+    points: list[str]
+    copies: dict[int, Path]
+
+    @cached_property
+    def arrays(self):
+        """Arrays of the last checkpoint, for each seed."""
+        return [last_state(self.folder, seed)[0] for seed in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(call, tmp_path_factory):
-    """The folder of a run that nothing disturbs, and the points that it meets."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = call(folder)
-    assert ended.code == 0, ended.output
-    return folder, ended.points
+    place = tmp_path_factory.mktemp("undisturbed")
+    folder = place / "run"
+    return Undisturbed(folder, *copies_at_each(call, folder, place / "copies"))
 
 
 def assert_same_end(folder, undisturbed):
-    other, _ = undisturbed
+    other = undisturbed.folder
     for seed in (0, 1):
         assert last_step(folder, seed) == last_step(other, seed) == LAST_STEP
-        (found, _), (expected, _) = (last_state(f, seed) for f in (folder, other))
+        found, expected = last_state(folder, seed)[0], undisturbed.arrays[seed]
         assert found.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array, err_msg=name)
@@ -97,7 +126,7 @@ def pictures(folder):
 def test_the_documentation_counts_the_events(undisturbed):
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
     (said,) = re.findall(r"(\d+)\s+file events", page)
-    whole = [point for point in undisturbed[1] if not point.startswith("half ")]
+    whole = [point for point in undisturbed.points if not point.startswith("half ")]
     assert int(said) == len(whole)
 
 
@@ -110,17 +139,19 @@ def assert_goes_on(call, folder, undisturbed):
     assert_same_end(folder, undisturbed)
 
 
-def train_each(folder):
+def train_each(_, folders):
     """Trains the run of each folder, one after the other."""
-    for path in sorted(folder.iterdir()):
-        train_again(path)
+    for folder in folders:
+        train_again(folder)
 
 
 def assert_all_go_on(call, folder, undisturbed):
     """Goes on with many runs in one process, which has compiled their programs."""
-    ended = call(folder, work=train_each)
+    folders = sorted(folder.iterdir())
+    # The points are those of one run: to look for them among the files of all is slow.
+    ended = call(folders[0], folders, work=train_each)
     assert ended.code == 0, ended.output
-    for path in folder.iterdir():
+    for path in folders:
         print(f"went on: {path.name}")
         assert_same_end(path, undisturbed)
 
@@ -129,8 +160,12 @@ def assert_killed(call, folder, point):
     ended = call(folder, at=point)
     assert ended.code == -signal.SIGKILL, (point, ended.output)
     assert ended.points[-1] == point
-    # The summary comes last, and after it only its name is brought to disk.
-    finished = "replace summary.json 1" in ended.points[:-1]
+    assert_finished_last(folder, ended.points)
+
+
+def assert_finished_last(folder, points):
+    """The summary comes last, and after it only its name is brought to disk."""
+    finished = "replace summary.json 1" in points[:-1]
     assert (folder / "summary.json").exists() == finished
 
 
@@ -157,7 +192,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(
     for point in ONE_OF_EACH:
         assert_killed(call, tmp_path / "run", point)
     assert_goes_on(call, tmp_path / "run", undisturbed)
-    kinds = {point.removeprefix("half ").split()[0] for point in undisturbed[1]}
+    kinds = {point.removeprefix("half ").split()[0] for point in undisturbed.points}
     killed = {point.removeprefix("half ").split()[0] for point in ONE_OF_EACH}
     assert killed == kinds
 
@@ -167,11 +202,14 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(
 def test_a_run_killed_at_any_point_ends_as_if_undisturbed(
     call, tmp_path, undisturbed, part
 ):
-    _, points = undisturbed
+    points = undisturbed.points
+    # All but the point before the folder is made.
+    assert sorted(undisturbed.copies) == list(range(1, len(points)))
     assert len(points) > 100
-    for number, point in enumerate(points[part::PARTS]):
-        print(f"killed before {point!r}: {number}")
-        assert_killed(call, tmp_path / str(number), point)
+    for number in range(1 + part, len(points), PARTS):
+        print(f"killed before {points[number]!r}: {number}")
+        copy = shutil.copytree(undisturbed.copies[number], tmp_path / str(number))
+        assert_finished_last(copy, points[: number + 1])
     assert_all_go_on(call, tmp_path, undisturbed)
 
 
@@ -187,22 +225,20 @@ KILLED_FIRST = (
 @pytest.mark.slow
 @pytest.mark.parametrize("first", KILLED_FIRST)
 def test_a_run_killed_twice_ends_as_if_undisturbed(call, tmp_path, undisturbed, first):
-    once, runs = tmp_path / "once", tmp_path / "runs"
-    assert_killed(call, once, first)
-    shutil.copytree(once, runs / "listed")
-    points = call(runs / "listed").points
-    for number, second in enumerate(points[::10]):
-        print(f"killed before {first!r}, and then before {second!r}: {number}")
-        folder = runs / str(number)
-        shutil.copytree(once, folder)
-        assert_killed(call, folder, second)
-    assert_all_go_on(call, runs, undisturbed)
+    folder = tmp_path / "run"
+    assert_killed(call, folder, first)
+    points, copies = copies_at_each(call, folder, tmp_path / "copies")
+    assert_same_end(folder, undisturbed)
+    for number in range(0, len(points), 10):
+        print(f"killed before {first!r}, and then before {points[number]!r}: {number}")
+        shutil.copytree(copies[number], tmp_path / "chosen" / str(number))
+    assert_all_go_on(call, tmp_path / "chosen", undisturbed)
 
 
 @pytest.mark.slow
 def test_figures_are_drawn_though_all_steps_were_done(call, tmp_path, undisturbed):
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed[0], folder)
+    shutil.copytree(undisturbed.folder, folder)
     for path in [folder / "summary.json", *folder.glob("*.png")]:
         path.unlink()
     for point in ("half savefig confusion_matrix.png.part 1", "replace summary.json 1"):
@@ -299,8 +335,7 @@ def test_interrupted_twice_it_ends_at_once(call, tmp_path, undisturbed):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_told_to_end_at_any_point(call, tmp_path, undisturbed, part):
     """Also before the first step and after the last one."""
-    _, points = undisturbed
-    for number, point in enumerate(points[part :: 3 * PARTS]):
+    for number, point in enumerate(undisturbed.points[part :: 6 * PARTS]):
         print(f"told to end before {point!r}: {number}")
         folder = tmp_path / str(number)
         ended = call(folder, at=point, action=failpoints.terminate)
@@ -347,11 +382,11 @@ def test_records_are_made_again_from_the_checkpoint(call, tmp_path, undisturbed,
 )
 def test_a_finished_run_has_all_its_results(call, tmp_path, undisturbed, name):
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed[0], folder)
+    shutil.copytree(undisturbed.folder, folder)
     assert "already holds this run, finished" in call(folder).words
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
-    before = records(undisturbed[0])
+    before = records(undisturbed.folder)
     assert_goes_on(call, folder, undisturbed)
     assert records(folder) == before  # nothing was trained again
 
@@ -388,7 +423,7 @@ def test_results_are_whole_or_not_there(call, tmp_path, undisturbed, command, ac
 
     def begin(name):
         folder = tmp_path / name
-        shutil.copytree(undisturbed[0], folder)
+        shutil.copytree(undisturbed.folder, folder)
         return folder
 
     def run(folder, **options):
@@ -416,16 +451,10 @@ def test_results_are_whole_or_not_there(call, tmp_path, undisturbed, command, ac
         assert contents(folder) == expected
 
 
-def export_at_each(folder, copies):
-    """Trains, and exports from what a reader finds at each point, once it is done."""
-
-    def copy():
-        if folder.exists():
-            shutil.copytree(folder, copies / f"{len(list(copies.iterdir())):03}")
-
-    failpoints.points.act(failpoints.EACH, copy)
-    train(folder)
-    for found in sorted(copies.iterdir()):
+def export_each(_, folders):
+    """Exports from what a reader finds at each point."""
+    use_small_network()
+    for found in folders:
         before = contents(found)
         steps = checkpoint_steps(checkpoint_folder(found, 0))
         try:
@@ -440,13 +469,15 @@ def export_at_each(folder, copies):
 
 @pytest.mark.slow
 def test_a_run_can_be_exported_at_any_point(call, tmp_path, undisturbed):
-    folder, copies = tmp_path / "run", tmp_path / "copies"
-    copies.mkdir()
-    ended = call(folder, copies, work=export_at_each)
+    for number, copy in undisturbed.copies.items():
+        if not undisturbed.points[number].startswith("half "):
+            shutil.copytree(copy, tmp_path / str(number))
+    folders = sorted(tmp_path.iterdir())
+    ended = call(folders[0], folders, work=export_each)
     assert ended.code == 0, ended.output
     said = ended.output.count("refused: "), ended.output.count("exported step")
     assert min(said) > 5
-    assert sum(said) == len(list(copies.iterdir()))
+    assert sum(said) == len(folders)
     assert f"exported step {LAST_STEP}" in ended.output
 
 
@@ -511,7 +542,7 @@ def fill_disk_at_each(folder, points):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_disk_that_is_full_at_any_point_is_said(call, tmp_path, undisturbed, part):
     folder = tmp_path / "run"
-    points = [p for p in undisturbed[1][part::PARTS] if not p.startswith("half ")]
+    points = [p for p in undisturbed.points[part::PARTS] if not p.startswith("half ")]
     ended = call(folder, points, work=fill_disk_at_each)
     assert ended.code == 0, ended.output
     assert ended.output.count("full before") == len(points)
