@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help install demo test test-all lint types fast slow docs format clean
+.PHONY: help install demo test test-all lint types fast slow sweep docs format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,8 +40,11 @@ types: $(STAMP) ## types
 fast: $(STAMP) ## tests and doctests, without those marked slow
 	$(PYTEST) -m "not slow"
 
-slow: $(STAMP) ## the tests marked slow
-	$(PYTEST) -m slow
+slow: $(STAMP) ## the tests marked slow, with a part of each sweep
+	$(PYTEST) -m "slow and not sweep"
+
+sweep: $(STAMP) ## the rest of the sweeps: kills at every point, every network's program
+	$(PYTEST) -m sweep
 
 docs: $(VENV)/.docs ## the site in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

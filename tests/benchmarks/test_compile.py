@@ -16,6 +16,7 @@ import models
 from benchmarks import hlo, targets
 from benchmarks.compile import CompileConfig, Measurement, Subject, make_plan
 from benchmarks.targets import CUDA, TPU, find_target
+from tests.sweeps import left_to_sweep
 from train.errors import UsageError
 from train.optim.techniques import TECHNIQUES
 from train.parallel import make_mesh
@@ -336,8 +337,22 @@ def test_steps_are_lowered_for_accelerators(network, technique):
     assert "stablehlo.convolution" in found.mlir_module()
 
 
+# Networks that have more of the blocks of others.
+DEEPER = {
+    *("resnet34", "resnet34_cifar", "resnet44", "resnet56", "resnet110"),
+    *("resnet101", "resnet101_cifar", "resnext101_32x4d", "resnet101_duc_hdc"),
+    *("pspnet101", "upanet32", "upanet64", "unet256", "wide_resnet28_10"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("network", command._trainable("all"))
+@pytest.mark.parametrize(
+    "network",
+    [
+        left_to_sweep(name) if name in DEEPER else name
+        for name in command._trainable("all")
+    ],
+)
 def test_every_network_is_lowered_for_accelerators(network):
     found = exported(subject(network=network, technique="none"))
     assert found.platforms == PLATFORMS

@@ -75,9 +75,9 @@ for task in TASKS.values():
 @pytest.mark.slow
 def test_every_process_makes_the_same_programs():
     """Others would not be found in the cache."""
-    made = [run_python(STEPS, PYTHONHASHSEED=str(seed)) for seed in range(3)]
+    made = [run_python(STEPS, PYTHONHASHSEED=str(seed)) for seed in range(2)]
     assert len(made[0]) == 3
-    assert made == [made[0]] * 3
+    assert made[0] == made[1]
 
 
 def cut(folder):

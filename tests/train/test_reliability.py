@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests import failpoints
+from tests.sweeps import parts
 from tests.train.small_runs import (
     EPOCHS,
     LAST_STEP,
@@ -34,7 +35,7 @@ from train.predict import export, load_run
 from train.progress import make_console
 from train.run import checkpoint_folder, checkpoint_seeds
 
-PARTS = 4  # of the slow tests, which pytest-xdist shares out
+PARTS = 5  # of a sweep over all points
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", parts(PARTS))
 def test_a_run_killed_at_any_point_ends_as_if_undisturbed(
     call, tmp_path, undisturbed, part
 ):
@@ -332,10 +333,10 @@ def test_interrupted_twice_it_ends_at_once(call, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", parts(PARTS))
 def test_told_to_end_at_any_point(call, tmp_path, undisturbed, part):
     """Also before the first step and after the last one."""
-    for number, point in enumerate(undisturbed.points[part :: 6 * PARTS]):
+    for number, point in enumerate(undisturbed.points[part :: 4 * PARTS]):
         print(f"told to end before {point!r}: {number}")
         folder = tmp_path / str(number)
         ended = call(folder, at=point, action=failpoints.terminate)
@@ -539,7 +540,7 @@ def fill_disk_at_each(folder, points):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", parts(PARTS))
 def test_a_disk_that_is_full_at_any_point_is_said(call, tmp_path, undisturbed, part):
     folder = tmp_path / "run"
     points = [p for p in undisturbed.points[part::PARTS] if not p.startswith("half ")]

@@ -18,12 +18,13 @@ from benchmarks.studies import compare, study, tuning
 from benchmarks.studies.config import CompareConfig
 from benchmarks.studies.plan import Cost
 from tests import failpoints
+from tests.sweeps import parts
 from train import plots
 from train.files import whole_file
 
 NAMES = ("sgd", "centralize")
 RUNS = [(name, seed) for seed in range(2) for name in NAMES]
-PARTS = 4  # which pytest-xdist shares out
+PARTS = 5  # of a sweep over all points
 RESULTS = ("table.md", "rows.csv", "report.html", "learning_curves.png")
 
 
@@ -185,7 +186,7 @@ def assert_same_results(folder, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", parts(PARTS))
 @pytest.mark.parametrize("name", SCENES)
 def test_a_runner_killed_at_any_point_loses_no_run(
     tmp_path, scratch, undisturbed, name, part
