@@ -170,7 +170,7 @@ def copy_at_each(work: Callable[[], None], folder: Path, copies: Path) -> None:
 
 
 def _copy_if_there(source: str, target: str) -> None:
-    """Copies a file; but for one that a thread of TensorStore has just renamed."""
+    """Copies a file, unless a thread of TensorStore has just renamed it."""
     with contextlib.suppress(FileNotFoundError):
         shutil.copy2(source, target)
 
