@@ -396,8 +396,14 @@ class Split:
         fields = [f for f in self.reader.fields.values() if f.kind == "label"]
         if not fields:
             return np.zeros(len(self), np.int32)
+        labels = np.empty(len(self), np.int32)
         with damage_explained(self.cache.parent):
-            return np.array([fields[0].read(self.records[row]) for row in self.rows])
+            # Many at once, as reading a record alone takes six times as long.
+            for start in range(0, len(self), _MAX_AT_ONCE):
+                rows = self.rows[start : start + _MAX_AT_ONCE]
+                records = self.records.__getitems__(list(rows))
+                labels[start : start + len(rows)] = [*map(fields[0].read, records)]
+        return labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
