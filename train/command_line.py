@@ -15,8 +15,8 @@ import jax
 import tyro
 
 from train.compilation_cache import keep_compiled_programs
+from train.cpu import set_up_cpu
 from train.errors import NonFiniteLossError, UsageError, see
-from train.host_memory import keep_freed_memory
 from train.names import did_you_mean, printable
 from train.settings import refuse, unknown_name, wrong_settings_exit
 from train.signals import StoppedError
@@ -32,7 +32,7 @@ def run_command(command: Callable[[], object]) -> None:
       command: parses `sys.argv` and does the work.
     """
     sys.argv[1:] = map(_with_home, sys.argv[1:])
-    keep_freed_memory()
+    set_up_cpu()
     try:
         with wrong_settings_exit():
             command()

@@ -20,8 +20,8 @@ import jax
 
 from benchmarks.studies.config import CompareConfig
 from train.compilation_cache import keep_compiled_programs
+from train.cpu import set_up_cpu
 from train.errors import UsageError
-from train.host_memory import keep_freed_memory
 
 Join = Callable[[CompareConfig, Path], None]
 
@@ -64,7 +64,7 @@ def runners(config: CompareConfig, run_dir: Path, join: Join) -> Iterator[None]:
 
 def _begin(join: Join, config: CompareConfig, run_dir: Path, keeps: bool) -> None:
     """Does what another process does; it keeps compiled programs as this one does."""
-    keep_freed_memory()
+    set_up_cpu()
     if keeps:
         keep_compiled_programs()
     join(config, run_dir)
