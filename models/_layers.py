@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax import lax
 from jax.typing import DTypeLike
 
 from models._batch_norm import batch_norm
@@ -444,6 +445,20 @@ def apply(
         y: jax.Array = nnx.remat(lambda block, x: block(x))(block, x)
         return y
     return block(x)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Returns x, and has XLA for CPUs write it to memory.
+
+    Otherwise, XLA computes the sum of all residual branches so far anew for each one,
+    which takes most of the time of a deep network. jaxlib 0.10 does so all the same, as
+    it drops the barrier before it fuses operations.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=_unchanged)
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
 
 
 def average_pool(x: jax.Array) -> jax.Array:

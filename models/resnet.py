@@ -14,7 +14,7 @@ from flax import nnx
 
 from models._convolution import max_pool
 from models._entry import CONVOLUTION, Entry, classifier, form
-from models._layers import ConvNorm, Layers, apply, check_images
+from models._layers import ConvNorm, Layers, apply, check_images, stored
 from models._network import Images, Logits, Network
 
 _HE_2015 = "He et al., 2015, https://arxiv.org/abs/1512.03385"
@@ -65,7 +65,7 @@ class _Residual(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, inputs) to (batch, ..., outputs)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        return nnx.relu(self.residual(x) + shortcut)
+        return stored(nnx.relu(self.residual(x) + shortcut))
 
 
 class BasicBlock(_Residual):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -376,3 +377,20 @@ def look_up(tree, path, default=None):
             return default
         tree = tree[key.key]
     return tree
+
+
+@pytest.mark.skipif(
+    metadata.version("jaxlib").startswith("0.10."), reason="it drops the barriers"
+)
+def test_no_residual_block_computes_the_sum_of_those_before_it():
+    def flops(blocks):
+        network = partial(ResNet, (blocks,), num_classes=5, width=16, stem=3)
+        model = nnx.eval_shape(lambda: network(layers=Layers(rngs=nnx.Rngs(0))))
+        graphdef, state = nnx.split(model)
+        gradient = jax.grad(lambda state, x: nnx.merge(graphdef, state)(x).sum())
+        images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+        compiled = jax.jit(gradient).lower(state, images).compile()
+        return compiled.cost_analysis()["flops"]
+
+    few, more, most = map(flops, (4, 8, 12))
+    assert most - more == more - few
