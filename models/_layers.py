@@ -454,11 +454,7 @@ def stored(x: jax.Array) -> jax.Array:
     which takes most of the time of a deep network. jaxlib 0.10 does so all the same, as
     it drops the barrier before it fuses operations.
     """
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=_unchanged)
-
-
-def _unchanged(x: jax.Array) -> jax.Array:
-    return x
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def average_pool(x: jax.Array) -> jax.Array:
