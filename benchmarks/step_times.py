@@ -199,6 +199,9 @@ def _torch_step(
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     # Otherwise the second measurement on a machine would time the reading of a cache.
     torch.compiler.config.force_disable_caches = True
+    # Otherwise PyTorch compiles the same class for only some networks of a process, and
+    # runs all others eagerly.
+    torch.compiler.reset()
     forward = torch.compile(network) if compiled else network
 
     def step() -> None:

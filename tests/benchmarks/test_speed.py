@@ -1,6 +1,7 @@
 """The benchmark of training steps, on small ones."""
 
 import csv
+import functools
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_steps_are_timed_beside_pytorch(monkeypatch):
     assert found.ratio.low <= found.ratio.median <= found.ratio.high
     assert found.reference == "PyTorch"
     assert speed._flat(found)["ratio_median"] == found.ratio.median
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_pytorch_compiles_every_network_of_a_process(monkeypatch):
+    torch = pytest.importorskip("torch")
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    limits = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        for network in ("resnet8", "resnet20"):
+            step_times._torch_step(network, 2, 8, 3, compiled=True)()
 
 
 def test_compilation_of_pytorch_is_not_read_from_a_cache(monkeypatch):
