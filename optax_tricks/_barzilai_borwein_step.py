@@ -12,6 +12,7 @@ from optax_tricks._numerics import (
     count_if,
     keep_if,
     map_in,
+    mergeable,
     scalar_dtype,
     sums_over,
 )
@@ -183,7 +184,7 @@ def barzilai_borwein_step(
             learning_rate(state.bb_count) if callable(learning_rate) else learning_rate
         )
         scale = state.bb_step_size.astype(dtype)
-        half_rate = jnp.asarray(rate, dtype) * scale
+        half_rate = mergeable(jnp.asarray(rate, dtype) * scale)
 
         half = map_in(dtype, lambda w, g: w - half_rate * g, params, updates)
         second = evaluate(_NAME, grad_fn, half, updates)
@@ -221,7 +222,9 @@ def barzilai_borwein_step(
         )
         updates = map_in(dtype, lambda g, h: scale * (g + h), updates, second)
         # These are finite only if all entries of both gradients and the average are.
-        is_finite = jnp.isfinite(gradient_norm + half_gradient_norm + curvature)
+        is_finite = mergeable(
+            jnp.isfinite(gradient_norm + half_gradient_norm + curvature)
+        )
         return updates, keep_if(is_finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -118,6 +118,21 @@ def materialized(*trees: Any) -> Any:
     )
 
 
+def mergeable(x: jax.Array) -> jax.Array:
+    """Returns a scalar that does not keep XLA from merging kernels of a GPU.
+
+    XLA merges kernels of the same shape if they read a common array, but not if all
+    that they have in common are scalars. So x becomes an entry of an array there.
+    """
+    return jax.lax.platform_dependent(
+        x, cuda=_from_array, rocm=_from_array, default=lambda x: x
+    )
+
+
+def _from_array(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.broadcast_to(x, 2))[0]
+
+
 def squares(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the square of each array."""
     return tuple(map(jnp.square, arrays))

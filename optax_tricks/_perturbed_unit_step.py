@@ -13,6 +13,7 @@ from optax_tricks._numerics import (
     keep_if,
     map_in,
     materialized,
+    mergeable,
     scalar_dtype,
     squares,
     sums_over,
@@ -144,7 +145,7 @@ def perturbed_unit_step(
         weighted_norm, first_norm = map(
             jnp.sqrt, sums_over(dtype, _first_squares, params, updates)
         )
-        to_unit = _reciprocal(weighted_norm + jnp.asarray(eps, dtype))
+        to_unit = mergeable(_reciprocal(weighted_norm + jnp.asarray(eps, dtype)))
         perturbed = map_in(
             dtype, lambda w, g: w + to_unit * (jnp.abs(w) * g), params, updates
         )
@@ -163,7 +164,7 @@ def perturbed_unit_step(
             pugd_perturbed_gradient_norm=other_norm.astype(kept),
             pugd_zero_count=count_if(state.pugd_zero_count, total_norm == 0),
         )
-        to_unit = _reciprocal(total_norm)
+        to_unit = mergeable(_reciprocal(total_norm))
         updates = map_in(dtype, lambda g, h: to_unit * (g + h), updates, second)
         is_finite = jnp.isfinite(weighted_norm + first_norm + other_norm)
         return updates, keep_if(is_finite, new_state, state)

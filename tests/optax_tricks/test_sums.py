@@ -1,5 +1,7 @@
 """The two forms of sums over trees, of which one is for GPUs."""
 
+import re
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -64,6 +66,31 @@ def test_a_gpu_alone_gets_the_joined_form():
         # One reduction of both trees, or one for each.
         rows = text.count("tensor<300x300xf32>, tensor<300x300xf32>, tensor<f32>")
         assert (rows > 0) is is_joined, platform
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax_tricks.perturbed_unit_step(),
+        optax_tricks.barzilai_borwein_step(0.1),
+    ],
+    ids=["perturbed_unit_step", "barzilai_borwein_step"],
+)
+def test_small_kernels_of_a_gpu_can_be_merged(tx):
+    params = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
+
+    def update(params, state):
+        return tx.update(params, state, params, grad_fn=lambda params, step: params)
+
+    def lowered(platform):
+        exported = jax.export.export(jax.jit(update), platforms=[platform])
+        return exported(params, tx.init(params)).mlir_module()
+
+    for platform, count in (("cuda", 2), ("rocm", 2), ("cpu", 0), ("tpu", 0)):
+        barriers = re.findall(
+            r"optimization_barrier %\d+ : tensor<2x(?:f32|i1)>", lowered(platform)
+        )
+        assert len(barriers) == count, platform
 
 
 def test_global_norms_are_those_of_each_tree():
