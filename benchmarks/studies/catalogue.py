@@ -111,6 +111,19 @@ for name, title, dataset, images, epochs, trials in (
         optimizers=("adam",),
         techniques=_ALL,
     )
+_desk(
+    "cifar10_1000_resnet20",
+    "ResNet-20 on CIFAR-10, 1,000 images",
+    "classification",
+    model="resnet20",
+    dataset="image_folder/cifar10",
+    train_examples=1_000,
+    epochs=10,
+    eval_every=5,
+    seeds=5,
+    optimizers=("adam",),
+    techniques=_ALL,
+)
 # Rates that are small and large for SGD, with a momentum at which the paper sees gains
 # and one at which it does not.
 for momentum in (0.5, 0.9):

@@ -113,6 +113,7 @@ CLAIMS = (
         lab=("rg_cifar10_lab",),
         desk=(
             *("digits_nulls", "cifar10_1000_tuned", "cifar10_10000"),
+            "cifar10_1000_resnet20",
             *("rg_digits_small_0.5", "rg_digits_large_0.5"),
             *("rg_digits_small_0.9", "rg_digits_large_0.9"),
             *("rg_cifar10_small", "rg_cifar10_large"),
@@ -144,7 +145,10 @@ CLAIMS = (
         ),
         needs="CIFAR-100, and one GPU for hours to days per network",
         lab=("gc_cifar10_lab",),
-        desk=("digits_nulls", "cifar10_1000_tuned", "cifar10_10000", "fashion_1000"),
+        desk=(
+            *("digits_nulls", "cifar10_1000_tuned", "cifar10_10000"),
+            *("cifar10_1000_resnet20", "fashion_1000"),
+        ),
     ),
     Claim(
         source="Gradient Centralization, Table 2",
@@ -256,7 +260,10 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for half a day",
         paper=("step_tuned_cifar10",),
         lab=("step_tuned_lab",),
-        desk=("digits_nulls", "cifar10_1000_tuned", "cifar10_10000"),
+        desk=(
+            *("digits_nulls", "cifar10_1000_tuned", "cifar10_10000"),
+            "cifar10_1000_resnet20",
+        ),
     ),
     Claim(
         source="PUGD, UPANet",
@@ -265,7 +272,10 @@ CLAIMS = (
         needs="CIFAR-10, and one GPU for a day",
         paper=("pugd_upanet16",),
         lab=("pugd_lab",),
-        desk=("digits_nulls", "cifar10_1000_tuned", "cifar10_10000", "fashion_1000"),
+        desk=(
+            *("digits_nulls", "cifar10_1000_tuned", "cifar10_10000"),
+            *("cifar10_1000_resnet20", "fashion_1000"),
+        ),
     ),
     Claim(
         source="PUGD, fine-tuned transformers",
