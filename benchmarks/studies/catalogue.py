@@ -119,7 +119,7 @@ _desk(
     dataset="image_folder/cifar10",
     train_examples=1_000,
     epochs=10,
-    eval_every=5,
+    eval_every=10,
     seeds=5,
     optimizers=("adam",),
     techniques=_ALL,
