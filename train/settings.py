@@ -204,7 +204,7 @@ class Choice(PrimitiveConstructorSpec[str]):
 
 
 class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
-    """Annotates a tuple of known names, which the command line separates by commas."""
+    """Annotates a tuple of known names, separated by commas or spaces."""
 
     def __init__(self, what: str, known: Mapping[str, str]):
         """Makes the annotation.
@@ -214,11 +214,11 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
           known: a description of each name that is allowed.
         """
         super().__init__(
-            nargs=1,
-            metavar="NAME,NAME,...",
-            instance_from_str=_split_commas,
+            nargs="*",
+            metavar="[NAME ...]",
+            instance_from_str=_split,
             is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(value)],
+            str_from_instance=list,
         )
         shown = {name: f"{name} ({text})" for name, text in known.items()}
 
@@ -233,8 +233,9 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
         return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 
-def _split_commas(arguments: list[str]) -> tuple[str, ...]:
-    return tuple(name.strip() for name in arguments[0].split(",") if name.strip())
+def _split(arguments: list[str]) -> tuple[str, ...]:
+    names = (name.strip() for text in arguments for name in text.split(","))
+    return tuple(filter(None, names))
 
 
 def _check_name(what: str, name: str, known: Mapping[str, str]) -> str:

@@ -234,7 +234,21 @@ def test_flags_give_the_settings():
         colors=("blue", "red"),
         file=Path("weights"),
     )
-    assert tyro.cli(Outer, args=["--colors", ""]) == Outer()
+
+
+@pytest.mark.parametrize(
+    ("given", "colors"),
+    [
+        (["blue,red"], ("blue", "red")),
+        (["blue", "red"], ("blue", "red")),
+        (["blue,", "red"], ("blue", "red")),
+        ([""], ()),
+        ([], ()),
+    ],
+)
+def test_names_are_separated_by_commas_or_spaces(given, colors):
+    found = tyro.cli(Outer, args=["--colors", *given, "--exact"])
+    assert (found.colors, found.exact) == (colors, True)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +281,7 @@ def test_help_shows_the_names(capsys):
         tyro.cli(Outer, args=["--help"])
     text = squeezed(capsys.readouterr().out)
     assert "--color{red,blue}" in text
-    assert "--colorsNAME,NAME,..." in text
+    assert "--colors[NAME...]" in text
 
 
 ######## The configs of runs ##########################################################
