@@ -194,7 +194,7 @@ _wrong_axis(
     train_examples=1000,
     epochs=10,
     eval_every=5,
-    seeds=5,
+    seeds=10,
 )
 _wrong_axis(
     "wrong_axis_vit",
@@ -204,7 +204,7 @@ _wrong_axis(
     image_size=(32, 32),
     train_examples=300,
     base_optimizer="adam",
-    seeds=5,
+    seeds=10,
 )
 _desk(
     "scenes_segmentation",
