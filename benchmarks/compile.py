@@ -30,7 +30,7 @@ from train.output.run_folder import environment
 from train.parallel import make_mesh
 from train.program import Plan
 from train.progress import shown_on
-from train.settings import NameList, Positive, settings
+from train.settings import NameList, Positive, Separated, settings
 from train.tasks import TASKS
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
@@ -324,12 +324,12 @@ def needed_bytes(message: str) -> int | None:
 class CompileConfig:
     """Compile whole training steps for devices that need not be there."""
 
-    target: tuple[str, ...] = ("h100",)
+    target: Annotated[tuple[str, ...], Separated(str)] = ("h100",)
     """Devices: h100 or h100:N for N of them, and TPUs by generation and topology, such
     as v5e:1x1, v5e:2x2, v5e:16x16, v5p:2x2x1 or v6e:4x4."""
     task: Literal["all", "classification", "segmentation", "translation"] = "all"
     """Task whose networks are compiled."""
-    networks: tuple[str, ...] = _SMALL
+    networks: Annotated[tuple[str, ...], Separated(str)] = _SMALL
     """Names of networks, or shell patterns for them; in translation, of generators."""
     techniques: Annotated[tuple[str, ...], NameList("technique", _TECHNIQUES)] = tuple(
         _TECHNIQUES

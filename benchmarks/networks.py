@@ -25,7 +25,7 @@ from optax_tricks.nnx import batch_gradients, split
 from train.errors import UsageError
 from train.output.run_folder import environment
 from train.progress import shown_on
-from train.settings import Positive, settings
+from train.settings import Positive, Separated, settings
 
 Tree: TypeAlias = Any
 
@@ -223,7 +223,7 @@ def measure(name: str, batch_size: int) -> Measurement:
 class NetworksConfig:
     """Compile each network, and report its size."""
 
-    names: tuple[str, ...] = ("*",)
+    names: Annotated[tuple[str, ...], Separated(str)] = ("*",)
     """Names of networks, or shell patterns for them."""
     batch_size: Positive[int] = 2
     """Images in a forward pass or training step."""

@@ -203,24 +203,43 @@ class Choice(PrimitiveConstructorSpec[str]):
         return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 
-class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
-    """Annotates a tuple of known names, separated by commas or spaces."""
+class Separated(PrimitiveConstructorSpec[tuple[T, ...]]):
+    """Annotates a tuple whose values are separated by spaces or commas."""
+
+    def __init__(self, kind: type[T]):
+        """Makes the annotation.
+
+        Args:
+          kind: the type of a value, which is made from its text.
+        """
+        unit = "NAME" if kind is str else kind.__name__.upper()
+        super().__init__(
+            nargs="*",
+            metavar=f"[{unit} ...]",
+            instance_from_str=lambda texts: tuple(map(kind, _split(texts))),
+            is_instance=lambda values: isinstance(values, tuple),
+            str_from_instance=lambda values: [*map(str, values)],
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Accepts a list as a tuple."""
+        return handler(source) | {"strict": False}
+
+
+class NameList(Separated[str]):
+    """Annotates a tuple of known names, separated by spaces or commas."""
 
     def __init__(self, what: str, known: Mapping[str, str]):
         """Makes the annotation.
 
         Args:
           what: the kind of thing that is named, for error messages.
-          known: a description of each name that is allowed.
+          known: a description of each name that is allowed, which may be empty.
         """
-        super().__init__(
-            nargs="*",
-            metavar="[NAME ...]",
-            instance_from_str=_split,
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=list,
-        )
-        shown = {name: f"{name} ({text})" for name, text in known.items()}
+        super().__init__(str)
+        shown = {
+            name: f"{name} ({text})" if text else name for name, text in known.items()
+        }
 
         def check(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(_check_name(what, name, shown) for name in names)
@@ -228,14 +247,14 @@ class NameList(PrimitiveConstructorSpec[tuple[str, ...]]):
         object.__setattr__(self, "_check", check)  # the base class is frozen
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Checks the names after the type; a list is accepted as a tuple."""
-        schema = handler(source) | {"strict": False}
+        """Checks the names after the type."""
+        schema = super().__get_pydantic_core_schema__(source, handler)
         return core_schema.no_info_after_validator_function(self._check, schema)  # type: ignore[attr-defined]
 
 
-def _split(arguments: list[str]) -> tuple[str, ...]:
-    names = (name.strip() for text in arguments for name in text.split(","))
-    return tuple(filter(None, names))
+def _split(texts: list[str]) -> list[str]:
+    values = (value.strip() for text in texts for value in text.split(","))
+    return [*filter(None, values)]
 
 
 def _check_name(what: str, name: str, known: Mapping[str, str]) -> str:

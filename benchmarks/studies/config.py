@@ -29,6 +29,7 @@ from train.settings import (
     Fraction,
     NonNegative,
     Positive,
+    Separated,
     refuse,
     settings,
 )
@@ -70,12 +71,12 @@ class CompareConfig:
     techniques_on: Literal["generator", "both"] | None = None
     """Networks that are trained with the techniques, for translation; the generator if
     unset."""
-    techniques: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = OURS
-    """Techniques to compare, separated by spaces; those of one chain are joined by +,
+    techniques: Annotated[tuple[str, ...], Separated(str)] = OURS
+    """Techniques to compare; those of one chain are joined by +,
     as in centralize+perturbed_unit_step, and options follow a colon, as in sam:rho=0.1.
     `optimizer` is the place of the base optimizer, if not after all techniques."""
-    optimizers: Annotated[tuple[str, ...], pydantic.Field(strict=False)] = ()
-    """Other optimizers to compare with the base optimizer, separated by spaces."""
+    optimizers: Annotated[tuple[str, ...], Separated(str)] = ()
+    """Other optimizers to compare with the base optimizer."""
     base_optimizer: Annotated[str, Choice("optimizer", OPTIMIZERS)] | None = None
     """Optimizer that the techniques are added to; that of the task if unset."""
     recipe: Annotated[str, Choice("recipe", RECIPES)] | None = None

@@ -197,9 +197,7 @@ def _part(text: str) -> tuple[str, dict[str, str]]:
     """Splits one technique of a chain into its name and the texts of its options."""
     name, *options = (part.strip() for part in text.split(":"))
     if name not in {**TECHNIQUES, **PLACES}:
-        error = unknown_name("technique", name, TECHNIQUES)
-        hint = "; separate techniques by spaces, and join those of one chain by +"
-        raise UsageError(f"{error}{hint if ',' in name else ''}")
+        raise unknown_name("technique", name, TECHNIQUES)
     known = TECHNIQUES[name].options if name in TECHNIQUES else ()
     found: dict[str, str] = {}
     for option in options:

@@ -3,13 +3,19 @@
 import itertools
 from typing import Annotated
 
-import pydantic
-
 from train.errors import UsageError
 from train.optim.chain import PLACES, chain_order, check_order
 from train.optim.schedules import SCHEDULES
 from train.optim.techniques import TECHNIQUES, Technique, TechniqueOptions
-from train.settings import Choice, Fraction, NameList, NonNegative, Positive, settings
+from train.settings import (
+    Choice,
+    Fraction,
+    NameList,
+    NonNegative,
+    Positive,
+    Separated,
+    settings,
+)
 
 OPTIMIZERS = {
     "sgd": "SGD with momentum; L2 decay",
@@ -49,7 +55,7 @@ class OptimizerConfig(TechniqueOptions):
     """How the learning rate changes over the run."""
     warmup_epochs: NonNegative[float] = 0.0
     """Epochs of linear warm-up to the value at which the schedule starts."""
-    milestones: Annotated[tuple[int, ...], pydantic.Field(strict=False)] = ()
+    milestones: Annotated[tuple[int, ...], Separated(int)] = ()
     """Epochs after which the step schedule lowers the learning rate."""
     decay_factor: Positive[float] = 0.1
     """Factor of the step schedule on the learning rate at each milestone."""

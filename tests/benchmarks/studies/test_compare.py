@@ -159,7 +159,7 @@ def test_wrong_settings_are_refused_from_python_too(setting, message):
     ("arguments", "message"),
     [
         (("--techniques", "centralise"), "unknown technique 'centralise'; did you"),
-        (("--techniques", "centralize,sam"), "separate techniques by spaces"),
+        (("--techniques", "centralize,sam,centralize"), "'centralize' is named twice"),
         (("--budget", "10"), "budget must be a time above 0 with a unit"),
         pytest.param(
             ("--budget", "1s"),
