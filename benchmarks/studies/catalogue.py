@@ -120,6 +120,7 @@ _desk(
     train_examples=1_000,
     epochs=10,
     eval_every=10,
+    trials=3,
     seeds=5,
     optimizers=("adam",),
     techniques=_ALL,
