@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -185,6 +186,23 @@ def test_what_cannot_be_trained_is_said_once_and_leaves_no_folder(tmp_path):
     assert len(output.splitlines()) == 1
     assert "batch" in output
     assert not folder.exists()
+
+
+def _write_flags(config: CompareConfig, folder: Path) -> None:
+    part = folder / "part"
+    part.write_text(os.environ["XLA_FLAGS"])
+    part.rename(folder / "flags")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is for x86-64")
+def test_other_processes_set_up_the_cpu_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    config = CompareConfig(task="classification", runners=2)
+    with runners(config, tmp_path, _write_flags):
+        start = time.monotonic()
+        while not (tmp_path / "flags").exists() and time.monotonic() < start + LIMIT:
+            time.sleep(0.01)
+    assert "--xla_cpu_experimental_ynn_fusion_type" in (tmp_path / "flags").read_text()
 
 
 ######## Ray ##########################################################################
