@@ -72,8 +72,8 @@ class CompareConfig:
     """Networks that are trained with the techniques, for translation; the generator if
     unset."""
     techniques: Annotated[tuple[str, ...], Separated(str)] = OURS
-    """Techniques to compare; those of one chain are joined by +,
-    as in centralize+perturbed_unit_step, and options follow a colon, as in sam:rho=0.1.
+    """Techniques to compare; those of one chain are joined by +, as in
+    centralize+perturbed_unit_step, and options follow a colon, as in sam:rho=0.1.
     `optimizer` is the place of the base optimizer, if not after all techniques."""
     optimizers: Annotated[tuple[str, ...], Separated(str)] = ()
     """Other optimizers to compare with the base optimizer."""

@@ -1,6 +1,5 @@
 """Flags that take several values are the same in all commands."""
 
-import dataclasses
 import typing
 
 import pytest
@@ -34,18 +33,12 @@ def test_all_flags_with_several_values_split_them_alike(kind):
     for name in several:
         metadata = hints[name].__metadata__
         assert any(isinstance(each, Separated) for each in metadata), name
-    assert several <= {field.name for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize(
     ("kind", "flags", "name", "values"),
     [
-        (
-            OptimizerConfig,
-            "--milestones 2,4 8",
-            "milestones",
-            (2, 4, 8),
-        ),
+        (OptimizerConfig, "--milestones 2,4 8", "milestones", (2, 4, 8)),
         (CompileConfig, "--networks resnet8,u*", "networks", ("resnet8", "u*")),
         (NetworksConfig, "--names resnet8,resnet20", "names", ("resnet8", "resnet20")),
         (SpeedConfig, "--networks resnet8, unet64", "networks", ("resnet8", "unet64")),
